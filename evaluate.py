@@ -1,0 +1,102 @@
+"""Exact evaluation: every example once, from the centre view or from the paper's ten.
+
+The devices get whole records and cut the views themselves, so each image crosses to them once.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parallel import Layout, first
+
+VIEWS = ("centre", "ten")
+
+
+def center(image: Any, size: int) -> Any:
+    """The central size×size part of (…, S, S, 3) images; the odd pixel of a margin falls to the right and bottom."""
+    top = (image.shape[-3] - size) // 2
+    left = (image.shape[-2] - size) // 2
+    return image[..., top : top + size, left : left + size, :]
+
+
+def offsets(image_size: int, crop: int, views: str) -> list[tuple[int, int]]:
+    """Where the views begin, as (top, left): the centre, and for 'ten' the four corners too (paper, section 4.1)."""
+    margin = image_size - crop
+    middle = (margin // 2, margin // 2)
+    if views == "centre":
+        return [middle]
+    return [(0, 0), (0, margin), (margin, 0), (margin, margin), middle]
+
+
+def build(network, layout: Layout, mean_image: np.ndarray, crop: int, views: str):
+    """Builds the function that evaluates one batch on all devices.
+
+    Args:
+      network: module that maps (N, crop, crop, 3) images to logits.
+      mean_image: (S, S, 3) float32; its central crop is subtracted from every view, as in the source of 2012.
+      crop: side of a view.
+      views: 'centre', or 'ten' for the mean of the softmax over corners, centre and their reflections.
+
+    Returns:
+      A function of (sharded parameters, sharded batch) giving sums over the real examples of the global batch: 'loss',
+      'top1' and 'top5' (errors), 'examples', and per class 'class_examples' and 'class_errors'.
+    """
+    mean = center(mean_image, crop)
+    places = np.array(offsets(mean_image.shape[0], crop, views))
+
+    def probabilities(params, images, place):
+        view = jax.lax.dynamic_slice(images, (0, place[0], place[1], 0), (images.shape[0], crop, crop, 3))
+        view = view.astype(jnp.float32) - mean
+        sides = (view, view[:, :, ::-1]) if views == "ten" else (view,)
+        return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
+
+    def step(params, batch):
+        batch = layout.gather_rows(batch)
+        # View after view: all ten at once would need ten times the memory.
+        softmax = jax.lax.map(functools.partial(probabilities, params, batch["image"]), places).mean(0)
+        classes = softmax.shape[-1]
+        label = jax.nn.one_hot(batch["label"], classes)
+        right = jnp.sum(softmax * label, -1)
+        # An equal or not-a-number rival counts against the network, so that constant outputs are never right.
+        rivals = jnp.sum(~(softmax < right[:, None]), -1) - 1
+        mask = batch["mask"]
+        wrong = mask * (rivals >= 1)
+        loss = -jnp.log(jnp.maximum(right, jnp.finfo(jnp.float32).tiny))
+        sums = {
+            "loss": jnp.sum(jnp.where(mask > 0, loss, 0)),
+            "top1": jnp.sum(wrong),
+            "top5": jnp.sum(mask * (rivals >= min(5, classes))),
+            "examples": jnp.sum(mask),
+            "class_examples": mask @ label,
+            "class_errors": wrong @ label,
+        }
+        return layout.sum(sums)
+
+    return layout.map(step)
+
+
+def run(step, params: Any, batches: Iterable[Any], layout: Layout) -> dict[str, float]:
+    """Evaluates all batches and divides once.
+
+    Args:
+      step: what `build` returned.
+      params: sharded parameters.
+      batches: host batches with 'image', 'label' and 'mask'.
+
+    Returns:
+      'loss' (nats an example), 'top1_error', 'top5_error' and 'mean_class_accuracy' (over classes that have examples).
+    """
+    sums = [step(params, batch) for batch in layout.prefetch(batches)]
+    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *map(first, sums))
+    examples, seen = total["examples"], total["class_examples"] > 0
+    accuracy = 1 - total["class_errors"][seen] / total["class_examples"][seen]
+    return {
+        "loss": float(total["loss"] / examples),
+        "top1_error": float(total["top1"] / examples),
+        "top5_error": float(total["top5"] / examples),
+        "mean_class_accuracy": float(np.mean(accuracy)),
+    }

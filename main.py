@@ -1,0 +1,39 @@
+"""Trains a network: `python main.py --config=configs/alexnet.py --workdir=runs/alexnet [--config.FIELD=VALUE …]`."""
+
+import os
+import sys
+
+from absl import flags, logging
+
+import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
+COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 of several, or auto (SLURM, TPU).")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part.", lower_bound=0)
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "The number of this process, from 0.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> int | None:
+    """Sets the platform up and trains."""
+    if len(argv) > 1:
+        raise cli.UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    if CPU_DEVICES.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    import parallel
+
+    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    logging.set_verbosity(logging.WARNING)
+    import train
+
+    return train.train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,166 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress line."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import rich.console
+import rich.progress
+
+
+class Meter:
+    """Means over the steps since the last reading, and how fast they were.
+
+    Times are passed in. A stretch of steps is timed from the end of its first step on, so that neither compilation nor
+    an evaluation counts; `pause` ends a stretch.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._previous = None
+        self._reset()
+
+    def _reset(self):
+        self._sums, self._steps, self._timed, self._seconds, self._waited = {}, 0, 0, 0.0, 0.0
+
+    def add(self, values: dict[str, float], arrived: float, ready: float) -> None:
+        """Counts a step: its metrics, when its batch was there, and when the devices had finished it (seconds)."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._steps += 1
+        if self._previous is not None:
+            self._timed += 1
+            self._seconds += ready - self._previous
+            self._waited += max(0.0, arrived - self._previous)
+        self._previous = ready
+
+    def pause(self) -> None:
+        """Ends a timed stretch."""
+        self._previous = None
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, under `train/`; rates are left out where no step was timed."""
+        values = {f"train/{name}": total / self._steps for name, total in self._sums.items()}
+        if self._seconds > 0:
+            values["train/images_per_second"] = self._timed * self._batch_size / self._seconds
+            values["train/input_wait"] = min(1.0, self._waited / self._seconds)
+        self._reset()
+        return values
+
+
+class Recorder:
+    """Writes metrics of a run to its workdir, and a progress line to the terminal.
+
+    Args:
+      workdir: folder of the run.
+      step: the step from which the run goes on; later lines of metrics.jsonl, written before a crash, are dropped, for
+        they will be written again.
+      num_steps: the step at which the run ends.
+      active: False in all processes but the first, which then write nothing.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int, active: bool = True):
+        self._active = active
+        if not active:
+            return
+        from clu import metric_writers  # imports TensorFlow
+
+        self._path = workdir / "metrics.jsonl"
+        lines = [line for line in read_lines(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+        self._start = (step, time.monotonic())
+        self._console = rich.console.Console()
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TimeRemainingColumn(),
+                console=self._console,
+                speed_estimate_period=120,
+            )
+            self._task = self._bar.add_task("compiling", total=num_steps, completed=step)
+            self._bar.start()
+        self._num_steps = num_steps
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Records values at a step: a line of metrics.jsonl, TensorBoard scalars, and a line for the reader."""
+        if not self._active:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | finite) + "\n")
+        self._file.flush()
+        self._tensorboard.write_scalars(step, values)
+        self.say(f"step {step:>6}  epoch {epoch:6.2f}  {describe(values)}{self._left(step)}")
+
+    def progress(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._active and self._bar:
+            self._bar.update(self._task, completed=step, description="")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._active:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, step: int) -> str:
+        begun, since = self._start
+        if self._bar or step <= begun or step >= self._num_steps:
+            return ""
+        seconds = (time.monotonic() - since) / (step - begun) * (self._num_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if not self._active:
+            return
+        if self._bar:
+            self._bar.stop()
+        self._tensorboard.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sys.stdout.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl; a last line that was cut short is left out, and a missing file is empty."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    objects = []
+    for line in path.read_text().splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return objects
+
+
+def describe(values: dict[str, float]) -> str:
+    """Metrics as a person reads them: errors and fractions in per cent."""
+    parts = []
+    for key, value in values.items():
+        group, _, name = key.partition("/")
+        label = name.replace("_", " ") if group == "train" else f"{group} {name.replace('_', ' ')}"
+        if name.endswith(("error", "accuracy", "wait")):
+            parts.append(f"{label} {value:.1%}")
+        elif name == "images_per_second":
+            parts.append(f"{value:,.0f} images/s")
+        else:
+            parts.append(f"{label} {value:.4g}")
+    return "  ".join(parts)

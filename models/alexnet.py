@@ -1,0 +1,302 @@
+"""The network of Krizhevsky, Sutskever and Hinton, NIPS 2012: eight layers in two towers.
+
+Numbers without a source are from the paper, sections 3 to 5; "source" is the code of 2012 that the Computer History
+Museum released, `layers/layers-145.cfg` and `layers/layer-params-145.cfg` there.
+
+The parameters are one ordinary tree, {'conv1': {'kernel', 'bias'}, …, 'fc8'}, in the shapes of a grouped network
+(conv2/kernel is 5×5×48×256): the first half of the output maps belongs to tower 0, the second half to tower 1. How the
+towers lie on devices is known to `Towers` alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from errors import UserError, nearest
+from models import layers
+from parallel import Towers
+
+CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+FULLY_CONNECTED = ("fc6", "fc7", "fc8")
+LAYERS = CONVOLUTIONS + FULLY_CONNECTED
+
+# Layer: kernel size, stride.
+GEOMETRY = {"conv1": (11, 4), "conv2": (5, 1), "conv3": (3, 1), "conv4": (3, 1), "conv5": (3, 1)}
+
+# Output maps of conv1 … fc7, all towers together, by number of towers. One tower is the paper's one-GPU network, which
+# widens the last layers so that the parameters stay about as many (source: layers-145-half.cfg).
+FEATURES = {2: (96, 256, 384, 384, 256, 4096, 4096), 1: (48, 128, 192, 192, 256, 4096, 4096)}
+
+# What follows each convolution. The source's first layer normalises and pools before its ReLU, and its second has a
+# second, spatial normalisation.
+ORDERS = {
+    "paper": {
+        "conv1": ("activate", "normalize", "pool"),
+        "conv2": ("activate", "normalize", "pool"),
+        "conv3": ("activate",),
+        "conv4": ("activate",),
+        "conv5": ("activate", "pool"),
+    },
+    "2012": {
+        "conv1": ("normalize", "pool", "activate"),
+        "conv2": ("activate", "normalize", "normalize_spatially", "pool"),
+        "conv3": ("activate",),
+        "conv4": ("activate",),
+        "conv5": ("activate", "pool"),
+    },
+}
+
+# Standard deviation of the initial weights where it is not 0.01.
+DEVIATIONS = {"paper": {}, "2012": {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03}}
+BIASED = (
+    "conv2",
+    "conv4",
+    "conv5",
+    "fc6",
+    "fc7",
+)  # these start with bias 1, "to provide the ReLUs with positive inputs"
+
+ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
+
+
+class TowerLayer(nn.Module):
+    """One layer in all towers that are here: a convolution, or a fully-connected layer on flattened maps.
+
+    Attributes:
+      features: output maps of all towers together.
+      kernel_size: side of the square kernel; 0 makes the layer fully connected.
+      stride, padding: of the convolution, as `layers.conv` takes them.
+      deviation: standard deviation of the initial weights, which are normal with mean 0.
+      bias: initial bias.
+      towers: which towers are here.
+      dtype: type of the computation; parameters stay float32.
+    """
+
+    features: int
+    kernel_size: int
+    deviation: float
+    bias: float
+    towers: Towers
+    dtype: Any
+    stride: int = 1
+    padding: Any = ((0, 0), (0, 0))
+
+    @nn.compact
+    def __call__(self, inputs: Sequence[jax.Array]) -> jax.Array:
+        """Maps one input that all towers see, or one input per tower here, to (N, …, this device's share of maps)."""
+        if not self.kernel_size:
+            inputs = [x.reshape(x.shape[0], -1) for x in inputs]
+        share = self.towers.share(self.features)
+        window = (self.kernel_size,) * 2 if self.kernel_size else ()
+        shape = (*window, inputs[0].shape[-1], share)
+        kernel = self.param("kernel", nn.initializers.normal(self.deviation), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.constant(self.bias), (share,), jnp.float32)
+        # Each tower's convolution is its own: a grouped one trains three times slower on CPUs (jax issue 13800).
+        kernels = jnp.split(kernel.astype(self.dtype), len(inputs), axis=-1) if len(inputs) > 1 else [kernel]
+        outputs = [
+            self._apply(x.astype(self.dtype), k.astype(self.dtype)) for x, k in zip(inputs, kernels, strict=True)
+        ]
+        output = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        return output + bias.astype(self.dtype)
+
+    def _apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if self.kernel_size:
+            return layers.conv(x, kernel, stride=self.stride, padding=self.padding)
+        return x @ kernel
+
+
+class AlexNet(nn.Module):
+    """Five convolutional and three fully-connected layers in two towers that meet at conv3, fc6, fc7 and fc8.
+
+    Attributes:
+      num_classes: width of fc8.
+      width: multiplies the maps of every layer but fc8.
+      features: maps of conv1 … fc7, all towers together; () takes those of the paper for this number of towers.
+      activation: 'relu', 'tanh' or 'sigmoid'.
+      lrn: whether conv1 and conv2 are followed by response normalisation, within each tower.
+      lrn_k, lrn_n, lrn_alpha, lrn_beta: its constants (section 3.3); alpha multiplies the sum of squares undivided.
+      pool_window, pool_stride: side and step of max-pooling; equal for pooling that does not overlap.
+      dropout_rate: share of fc6 and fc7 set to 0 in training; in evaluation all outputs are kept and scaled by
+        1 − dropout_rate, as in the paper.
+      towers: 2, or 1 for the paper's one-GPU network.
+      exchange: layers whose input is the maps of both towers, of conv2 … fc7; fc8 always joins them.
+      without: layers left out, of conv2 … fc7. A convolution takes its ReLU and normalisation with it; its pooling
+        stays, so that the layers above keep their sizes.
+      order: 'paper' (ReLU → LRN → pool) or '2012' (the source's order, with its second, spatial normalisation).
+      initial_weights: `model.init` in a config; their standard deviations, 'paper' (0.01) or '2012' (0.03 in conv3 …
+        conv5).
+      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
+      placement: which towers are on this device.
+    """
+
+    num_classes: int = 1000
+    width: float = 1.0
+    features: tuple[int, ...] = ()
+    activation: str = "relu"
+    lrn: bool = True
+    lrn_k: float = 2.0
+    lrn_n: int = 5
+    lrn_alpha: float = 1e-4
+    lrn_beta: float = 0.75
+    pool_window: int = 3
+    pool_stride: int = 2
+    dropout_rate: float = 0.5
+    towers: int = 2
+    exchange: tuple[str, ...] = ("conv3", "fc6", "fc7")
+    without: tuple[str, ...] = ()
+    order: str = "paper"
+    initial_weights: str = "paper"
+    dtype: str = "float32"
+    placement: Towers = Towers(2, 2)
+
+    def maps(self) -> dict[str, int]:
+        """Output maps of every layer, all towers together: multiples of the number of towers, but for fc8."""
+        features = self.features or FEATURES[self.towers]
+        scaled = [max(1, round(n * self.width / self.towers)) * self.towers for n in features]
+        return dict(zip(LAYERS, (*scaled, self.num_classes), strict=True))
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
+        """Computes logits.
+
+        Args:
+          images: (N, H, W, 3), RGB in 0–255 with the mean subtracted; 224×224 in the paper.
+          train: draws dropout masks, from the rng 'dropout'.
+          rows: (N,) numbers of the examples in the global batch, by which masks are drawn; 0 … N−1 by default.
+
+        Returns:
+          (N, num_classes) float32 logits, the same on every device of a network.
+        """
+        maps = [images.astype(self.dtype)]
+        for name in CONVOLUTIONS:
+            steps = ORDERS[self.order][name]
+            if name in self.without:
+                steps = tuple(step for step in steps if step == "pool")
+            else:
+                maps = self._layer(name, maps)
+            for step in steps:
+                maps = [getattr(self, f"_{step}")(m) for m in maps]
+        for name in FULLY_CONNECTED[:-1]:
+            if name not in self.without:
+                maps = [ACTIVATIONS[self.activation](m) for m in self._layer(name, maps)]
+                maps = self._dropout(maps, train, rows)
+        logits = self.placement.join(self._layer("fc8", maps))[..., : self.num_classes]
+        return logits.astype(jnp.float32)
+
+    def _layer(self, name: str, maps: list[jax.Array]) -> list[jax.Array]:
+        """Layer `name` on the maps of the towers here; the exchange comes first where there is one."""
+        if name in self.exchange or name == "fc8":
+            maps = [self.placement.join(maps)]
+            self.sow("intermediates", f"{name}_joined", maps[0])
+        kernel_size, stride = GEOMETRY.get(name, (0, 1))
+        if name == "conv1":
+            # The kernels run over the bottom and right edge, where pixels count as the mean: 224 gives 55 (source).
+            padding = tuple((0, -(size - kernel_size) % stride) for size in maps[0].shape[1:3])
+        else:
+            padding = ((kernel_size // 2,) * 2,) * 2
+        output = TowerLayer(
+            features=self.maps()[name],
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            deviation=DEVIATIONS[self.initial_weights].get(name, 0.01),
+            bias=float(name in BIASED),
+            towers=self.placement,
+            dtype=self.dtype,
+            name=name,
+        )(maps)
+        return [output] if name == "fc8" else self.placement.split(output)
+
+    def _activate(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](x)
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        if not self.lrn:
+            return x
+        return layers.local_response_normalization(
+            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta
+        )
+
+    def _normalize_spatially(self, x: jax.Array) -> jax.Array:
+        # Constants of rnorm2b in the source.
+        if not self.lrn:
+            return x
+        return layers.spatial_response_normalization(x, size=5, scale=0.001 / 25, power=0.75)
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        return layers.max_pool(x, self.pool_window, self.pool_stride)
+
+    def _dropout(self, maps: list[jax.Array], train: bool, rows: jax.Array | None) -> list[jax.Array]:
+        if not self.dropout_rate:
+            return maps
+        keep = 1 - self.dropout_rate
+        if not train:
+            return [x * keep for x in maps]
+        if rows is None:
+            rows = jnp.arange(maps[0].shape[0])
+        key = self.make_rng("dropout")
+        dropped = []
+        for tower, x in zip(self.placement.ids(), maps, strict=True):
+            # A key for each tower and example: the masks must not depend on which device computes what.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, tower), rows)
+            mask = jax.vmap(lambda k, shape=x.shape[1:]: jax.random.bernoulli(k, keep, shape))(keys)
+            dropped.append(jnp.where(mask, x, 0))
+        return dropped
+
+    def validate(self, image_size: int) -> None:
+        """Refuses fields that cannot work for images of `image_size` pixels a side.
+
+        Raises:
+          UserError: names the field and what it may be.
+        """
+        for field, known in (
+            ("activation", ACTIVATIONS),
+            ("order", ORDERS),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            value = getattr(self, field)
+            if value not in known:
+                raise UserError(f"model.{field}={value!r} is not known: {nearest(value, known)}")
+        if self.initial_weights not in DEVIATIONS:
+            raise UserError(
+                f"model.init={self.initial_weights!r} is not known: {nearest(self.initial_weights, DEVIATIONS)}"
+            )
+        middle = LAYERS[1:-1]
+        for field in ("exchange", "without"):
+            for name in getattr(self, field):
+                if name not in middle:
+                    raise UserError(
+                        f"model.{field} names {name!r}, but it takes layers of {', '.join(middle)}; write one layer as "
+                        f"('conv4',), with its comma."
+                    )
+        if self.towers not in FEATURES:
+            raise UserError(
+                f"model.towers={self.towers}: the network has 2 towers, or 1 (the paper's one-GPU network)."
+            )
+        if self.features and (len(self.features) != 7 or min(self.features) < self.towers):
+            raise UserError(f"model.features={self.features} must give 7 counts of maps, conv1 to fc7, or none: ().")
+        for field, low, high in (
+            ("num_classes", 2, 1 << 20),
+            ("width", 1e-3, 64),
+            ("lrn_k", 1e-6, 1e6),
+            ("lrn_n", 1, 1024),
+            ("lrn_alpha", 0, 1e6),
+            ("lrn_beta", 0, 64),
+            ("pool_window", 1, 16),
+            ("pool_stride", 1, 16),
+            ("dropout_rate", 0, 0.999),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise UserError(f"model.{field}={value} must lie between {low} and {high}.")
+        size = layers.output_size(image_size, 11, 4)
+        for _ in range(3):
+            if size < self.pool_window:
+                raise UserError(
+                    f"input.crop={image_size} is too small for three times max-pooling with "
+                    f"model.pool_window={self.pool_window}, model.pool_stride={self.pool_stride}; try 224."
+                )
+            size = layers.output_size(size, self.pool_window, self.pool_stride)

@@ -1,0 +1,294 @@
+"""Devices: the only file that knows `pmap`, device grids and named axes.
+
+The devices form a grid of *networks* × *towers* over one flat axis. With `devices_per_network=2`, devices 2r and
+2r+1 hold network r, one tower each, as the two GPUs of 2012 did (paper, section 3.2 and figure 2); with 1, every
+device holds a whole network. Networks are replicas of one another: each sees its own rows of the batch.
+
+A *merged* tree is the ordinary one, with whole arrays in the host's memory; that is what is initialised and what a
+checkpoint stores. A *sharded* tree has the same leaves with a leading axis over this process's devices, cut along the
+last axis into one part per tower. Scalars are copied to every device.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from errors import UserError
+
+AXIS = "devices"
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """Which towers of a network this device computes, and how it reaches the others.
+
+    Maps of several towers travel as a list with one array per tower that is here.
+    """
+
+    total: int = 1
+    here: int = 1
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def split_over_devices(self) -> bool:
+        """True where each device computes a single tower of several."""
+        return self.here < self.total
+
+    def ids(self) -> list[int | jax.Array]:
+        """The numbers of the towers that are here, in order."""
+        if self.split_over_devices:
+            return [jax.lax.axis_index(AXIS) % self.total]
+        return list(range(self.total))
+
+    def share(self, features: int) -> int:
+        """How many of a layer's `features` output maps are computed here, padding included.
+
+        An odd number of classes is padded to an even one where the towers are on two devices; `Layout.shard` and
+        `Layout.merge` add and drop the padding.
+        """
+        return -(-features // self.total) if self.split_over_devices else features
+
+    def split(self, maps: jax.Array) -> list[jax.Array]:
+        """Cuts what the towers here have computed together, (..., share), into one array per tower."""
+        return jnp.split(maps, self.here, axis=-1) if self.here > 1 else [maps]
+
+    def join(self, maps: Sequence[jax.Array]) -> jax.Array:
+        """The exchange: the maps of *all* towers of the network side by side on the last axis."""
+        here = jnp.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
+        if not self.split_over_devices:
+            return here
+        return jax.lax.all_gather(here, AXIS, axis=here.ndim - 1, tiled=True, axis_index_groups=self.groups)
+
+
+class Layout:
+    """A grid of networks × towers over the devices of all processes.
+
+    Args:
+      devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2
+        where the network has two towers and each process an even number of devices, else 1.
+      towers: how many towers the network has.
+      batch_size: rows of a global batch, checked here because it must divide over the devices; 0 leaves it unchecked.
+
+    Raises:
+      UserError: the numbers do not go together; the sentence says which would.
+    """
+
+    def __init__(self, devices_per_network: int = 1, *, towers: int = 2, batch_size: int = 0):
+        local = jax.local_device_count()
+        if devices_per_network == 0:
+            devices_per_network = 2 if towers == 2 and local % 2 == 0 else 1
+        if devices_per_network not in (1, 2):
+            raise UserError(
+                f"parallel.devices_per_network={devices_per_network}: a network lies on 1 device or on 2, one tower "
+                "each (0 chooses)."
+            )
+        if devices_per_network == 2 and towers != 2:
+            raise UserError(
+                f"parallel.devices_per_network=2 needs a network of two towers, this one has model.towers={towers}; "
+                "use --config.parallel.devices_per_network=1."
+            )
+        if local % devices_per_network:
+            raise UserError(
+                f"parallel.devices_per_network=2 needs an even number of devices in each process, here there "
+                f"{'is 1' if local == 1 else f'are {local}'}: use --config.parallel.devices_per_network=1, or "
+                f"--cpu_devices={local + 1} to simulate {local + 1} devices."
+            )
+        self.size = jax.device_count()
+        if batch_size % self.size:
+            below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(f"batch_size={batch_size} does not divide over {self.size} devices; {near} would.")
+        self.devices_per_network = devices_per_network
+        self.networks = self.size // devices_per_network
+        self.local_devices = jax.local_devices()
+        grid = np.arange(self.size).reshape(self.networks, devices_per_network)
+        self._tower_groups = tuple(map(tuple, grid.tolist()))
+        self._network_groups = tuple(map(tuple, grid.T.tolist()))
+        mesh = Mesh(np.array(self.local_devices), (AXIS,))
+        self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def __str__(self) -> str:
+        kind = self.local_devices[0].device_kind
+        if self.devices_per_network == 2:
+            each = "one tower on each of two devices"
+        else:
+            each = "the whole network on each device"
+        networks = f", {self.networks} replicas" if self.networks > 1 else ""
+        return f"{self.size} × {kind}: {each}{networks}"
+
+    def towers(self, total: int) -> Towers:
+        """The towers of a network as one device of this layout sees them."""
+        if self.devices_per_network == 1:
+            return Towers(total, total)
+        return Towers(total, 1, self._tower_groups)
+
+    # Between host and devices.
+
+    def shard(self, tree: Tree) -> Tree:
+        """Puts a merged tree on the devices, cut by tower along the last axis, copied for each network."""
+
+        def put(leaf):
+            parts = self._parts(np.asarray(leaf))
+            # Never alias host memory: these buffers are donated to the train step.
+            shards = [
+                jax.device_put(parts[i % len(parts)][None], device, may_alias=False)
+                for i, device in enumerate(self.local_devices)
+            ]
+            shape = (len(shards), *parts[0].shape)
+            return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
+
+        return jax.tree.map(put, tree)
+
+    def merge(self, tree: Tree, like: Tree) -> Tree:
+        """Fetches a sharded tree into merged NumPy arrays with the shapes of `like` (padding dropped)."""
+
+        def fetch(leaf, target):
+            shards = addressable(leaf)[: self.devices_per_network if target.shape else 1]
+            # A copy, because the step after this one reuses the devices' buffers.
+            whole = np.concatenate(shards, axis=-1) if len(shards) > 1 else np.array(shards[0])
+            return whole[..., : target.shape[-1]] if target.shape else whole
+
+        return jax.tree.map(fetch, tree, like)
+
+    def put(self, batch: Tree) -> Tree:
+        """Sends this process's rows of a batch to its devices, the same number to each; every row crosses once."""
+
+        def send(rows):
+            return jax.device_put(rows.reshape(len(self.local_devices), -1, *rows.shape[1:]), self._sharding)
+
+        return jax.tree.map(send, batch)
+
+    def prefetch(self, batches: Iterable[Tree], size: int = 2) -> Iterator[Tree]:
+        """Yields batches on the devices, `size` ahead, so that transfers overlap with computation."""
+        queue = collections.deque()
+        for batch in batches:
+            queue.append(self.put(batch))
+            if len(queue) > size:
+                yield queue.popleft()
+        yield from queue
+
+    def _parts(self, leaf: np.ndarray) -> list[np.ndarray]:
+        if not leaf.shape or self.devices_per_network == 1:
+            return [leaf]
+        padding = -leaf.shape[-1] % self.devices_per_network
+        if padding:
+            leaf = np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, padding)])
+        return np.split(leaf, self.devices_per_network, axis=-1)
+
+    # Inside a mapped function.
+
+    def map(self, function: Callable, *, donate: tuple[int, ...] = (), broadcast: tuple[int, ...] = ()):
+        """`pmap`s a function over all devices.
+
+        Args:
+          function: what runs on each device, on positional arguments.
+          donate: positions of the arguments whose buffers the result may reuse.
+          broadcast: positions of the arguments that are not sharded and reach every device whole.
+        """
+
+        @functools.wraps(function)
+        def on_device(*args):
+            return function(*args)
+
+        count = function.__code__.co_argcount
+        in_axes = tuple(None if i in broadcast else 0 for i in range(count))
+        return jax.pmap(on_device, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate)
+
+    def gather_rows(self, batch: Tree) -> Tree:
+        """The rows of this device's whole network: its own, and those sent to the device of the other tower."""
+        if self.devices_per_network == 1:
+            return batch
+        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, axis_index_groups=self._tower_groups)
+        return jax.tree.map(gather, batch)
+
+    def row_numbers(self, count: int) -> jax.Array:
+        """Where the `count` rows of this device's network stand in the global batch."""
+        network = jax.lax.axis_index(AXIS) // self.devices_per_network
+        return network * count + jnp.arange(count)
+
+    def mean(self, tree: Tree) -> Tree:
+        """The mean over the networks, tower by tower."""
+        if self.networks == 1:
+            return tree
+        return jax.lax.pmean(tree, AXIS, axis_index_groups=self._network_groups)
+
+    def sum(self, tree: Tree) -> Tree:
+        """The sum over the networks, tower by tower."""
+        if self.networks == 1:
+            return tree
+        return jax.lax.psum(tree, AXIS, axis_index_groups=self._network_groups)
+
+
+def addressable(leaf: jax.Array) -> list[np.ndarray]:
+    """What each of this process's devices holds of a sharded leaf, in the order of the devices.
+
+    Goes by the shards because indexing a stacked array starts a computation.
+    """
+    shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return [np.asarray(shard.data)[0] for shard in shards]
+
+
+def first(tree: Tree) -> Tree:
+    """The first device's values of a tree that is the same on all devices, as NumPy arrays."""
+    return jax.tree.map(lambda leaf: addressable(leaf)[0], tree)
+
+
+class Fetcher:
+    """Fetches results from the devices in a thread, so that dispatch never waits for them."""
+
+    def __init__(self):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
+
+    def fetch(self, tree: Tree) -> concurrent.futures.Future:
+        """A future of (the first device's values, the `time.perf_counter()` at which they were ready)."""
+
+        def wait():
+            jax.block_until_ready(tree)
+            ready = time.perf_counter()
+            return first(tree), ready
+
+        return self._thread.submit(wait)
+
+    def close(self) -> None:
+        """Waits for what is under way and ends the thread."""
+        self._thread.shutdown()
+
+
+def initialize(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Joins this process to the others of a run, before any device is used.
+
+    Does nothing without arguments. SLURM jobs and TPU pods describe themselves: there `coordinator_address="auto"`
+    is enough.
+
+    Raises:
+      UserError: the three are not given together, or the processes do not find one another.
+    """
+    if not coordinator_address and not num_processes and process_id < 0:
+        return
+    if coordinator_address == "auto":
+        arguments = {}
+    elif coordinator_address and num_processes > 0 and 0 <= process_id < num_processes:
+        arguments = {
+            "coordinator_address": coordinator_address,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    else:
+        raise UserError(
+            "Several processes need --coordinator_address=HOST:PORT, --num_processes=N and --process_id=K with "
+            f"0 ≤ K < N together; got {coordinator_address!r}, {num_processes} and {process_id}."
+        )
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"The processes of this run did not find one another: {error}") from error
