@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         train_split="train",
         eval_split="validation",
         allow_unreadable=0,  # files that may be left out of the prepared set
+        max_pixels=100_000_000,  # larger images are refused before they are decoded
     )
     config.input = dict(
         resize=256,  # pixels, shorter side; then the central square (section 2)

@@ -1,0 +1,1 @@
+"""Where images come from (`sources`), how they are stored (`records`), and a generated set (`shapes`)."""

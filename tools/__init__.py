@@ -1,0 +1,1 @@
+"""Programs on a finished or prepared run: `python -m tools.NAME`."""
