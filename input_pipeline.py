@@ -1,10 +1,10 @@
 """The data's way: records → 256×256 images → views → batches, in tf.data.
 
-The stream of training views is a pure function of (seed, example number g): the stream passes over the training split
-again and again, g // N is the epoch and g % N the place in that epoch's permutation, and step s of batch size B takes
-g = s·B … (s+1)·B − 1. So every epoch has each example exactly once, batches are always full, and to resume is to begin at
-another g: nothing about the stream is saved. Records are read by their place in the files, so nothing is skipped over,
-and a process reads its own rows only.
+The stream of training views is a pure function of (seed, g). It passes over the training split again and again: of N
+examples, number g comes in epoch g // N, at place g % N of that epoch's permutation, and step s of batch size B takes
+g = s·B … (s+1)·B − 1. So every epoch has each example exactly once, batches are always full, and to resume is to begin
+at another g: nothing about the stream is saved. Records are read by their place in the files, so nothing is skipped
+over, and a process reads its own rows only.
 
 Importing this module does not import TensorFlow; opening records does.
 """
@@ -345,19 +345,21 @@ def _threads(num_threads: int | None) -> int:
 def _batches(examples, rows: int, num_threads: int | None) -> Iterator[Batch]:
     """Batches a tf.data stream of examples in order, a few batches ahead of their use."""
     tf = _tensorflow()
+    damaged = tf.errors.InvalidArgumentError  # found now, for at exit the module may be gone before the generator
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _threads(num_threads)
     batches = examples.batch(rows, drop_remainder=True).with_options(options).prefetch(2)
     try:
         yield from batches.as_numpy_iterator()
-    except tf.errors.InvalidArgumentError as error:
+    except damaged as error:
         raise UserError(f"A record cannot be decoded, prepare the data set again: {error.message}") from error
 
 
 def _parse(serialized):
     """(encoded image, label) of a serialised example."""
-    tf = _tensorflow()
+    import tensorflow as tf
+
     features = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
     example = tf.io.parse_single_example(serialized, features)
     return example["image"], tf.cast(example["label"], tf.int32)
@@ -365,7 +367,8 @@ def _parse(serialized):
 
 def _decode(encoded, size: int, window=None):
     """Decodes a record of side `size`, or just (top, left, height, width) of it."""
-    tf = _tensorflow()
+    import tensorflow as tf
+
     from datasets.records import LOSSLESS_UP_TO
 
     if size > LOSSLESS_UP_TO:

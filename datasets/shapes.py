@@ -1,7 +1,7 @@
 """Shapes: a generated set of photographs' size, for the demo and the tests.
 
 Ten classes, each a shape, a texture and a colour family. Any two of the three cues leave several classes open, and
-position, size, rotation, hue, brightness and background are random, so that pixels alone tell a linear classifier little.
+position, size, rotation, hue, brightness and background are random, so that pixels tell a linear classifier little.
 """
 
 import io

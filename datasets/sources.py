@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from errors import UserError, nearest
 
 # Other files in a class folder (Thumbs.db, .DS_Store, notes) are not images and are left alone.
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .gif .bmp .webp .tif .tiff .ppm .pgm".split())
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
     listed = {split: list_files(split) for split in classes}
     for split, files in listed.items():
         if not files:
-            raise UserError(f"{root / split} holds no image files ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+            raise UserError(f"{root / split} holds no image files ({' '.join(IMAGE_SUFFIXES)}).")
     return Source(str(root.resolve()), tuple(names), {s: len(f) for s, f in listed.items()}, lambda s: iter(listed[s]))
 
 
