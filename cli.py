@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 a mistake of the user's, 130 and 143 stopped by SIGINT and
 """
 
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -44,46 +45,44 @@ def _fail(sentence: str):
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; says what is wrong with a config or an override, where ml_collections gives a traceback."""
+    file, _, variant = _config_flag(argv).partition(":")
     try:
         rest = flags.FLAGS(argv)
-    except config_flags.FlagOrderError:
-        _fail("--config=FILE must come before its overrides, --config.FIELD=VALUE.")
-    except flags.Error as error:
-        _fail(re.sub(r"^flag --", "--", str(error)))
-    except AttributeError as error:
-        _fail(_unknown_field(argv) or str(error))
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value  # noqa: B018 -- reading it raises what went wrong in loading
+        return rest
     except UserError as error:
         _fail(str(error))
-    if len(rest) > 1 and rest[1].startswith("--config."):
-        _fail("--config=FILE must come before its overrides, --config.FIELD=VALUE.")
-    if "config" in flags.FLAGS and (flag := flags.FLAGS["config"]).present:
-        try:
-            flag.value  # noqa: B018 -- a file that did not load fails here
-        except OSError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            _fail(f"--config={_config_file(argv)} cannot be loaded: {reason}")
-    return rest
+    except OSError as error:
+        _fail(f"--config={file} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}")
+    except (AttributeError, KeyError):
+        _fail(_unknown_field(argv, file, variant) or traceback.format_exc())
+    except flags.Error as error:
+        sentence = " ".join(str(error).split())
+        missing = re.findall(r"flag --(\w+)=None", sentence)
+        if missing:
+            sentence = f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
+        elif "before a value for --config" in sentence:
+            sentence = "--config=FILE must come before its overrides, --config.FIELD=VALUE."
+        _fail(re.sub(r"^flag --", "--", sentence))
 
 
-def _config_file(argv: list[str]) -> str:
+def _config_flag(argv: list[str]) -> str:
+    """The value of --config in `argv`, or ''."""
     for i, argument in enumerate(argv):
         if match := re.fullmatch(r"--?config(=(.*))?", argument):
             return match[2] if match[1] else "".join(argv[i + 1 : i + 2])
     return ""
 
 
-def _unknown_field(argv: list[str]) -> str | None:
+def _unknown_field(argv: list[str], file: str, variant: str) -> str | None:
     """The sentence on the first override in `argv` whose field is not in the config."""
-    config = flags.FLAGS["config"].value
-    if config is None:
-        return None
-    known = list(field_names(config))
+    known = list(field_names(runpy.run_path(file)["get_config"](*[variant] * bool(variant))))
     for argument in argv:
         if (match := re.match(r"--?config\.([^=\[]+)", argument)) and match[1] not in known:
-            name = match[1]
-            section, _, _ = name.rpartition(".")
+            section, _, _ = match[1].rpartition(".")
             near = [field for field in known if section and field.startswith(section + ".")] or known
-            return f"{_config_file(argv)} has no field {name!r}; {nearest(name, near)}"
+            return f"{file} has no field {match[1]!r}; {nearest(match[1], near)}"
     return None
 
 

@@ -1,0 +1,113 @@
+# `make` alone lists the commands.
+#
+# Everything runs in .venv. The first command makes it, and a later one makes it anew when a list of requirements
+# changed, another DEVICES is asked for, or the set-up was cut short: .venv/ready-* is written last.
+#   DEVICES=cpu|gpu|tpu   the JAX to install; without it the one already installed, or what this machine has
+#   PYTHON=…              the interpreter to use
+#   ARGS=…                further arguments for pytest, as ARGS='-k towers'
+
+PYTHON ?= python3 python3.13 python3.12 python3.11
+
+ifndef DEVICES
+DEVICES := $(patsubst .venv/ready-%,%,$(wildcard .venv/ready-*))
+endif
+ifeq ($(DEVICES),)
+# The device files answer at once where nvidia-smi takes seconds; only WSL has the one without the other.
+# /dev/accel (a folder, no number) may be any accelerator, /dev/accel0 is a TPU.
+DEVICES := $(shell \
+  if ls /dev/nvidia[0-9]* >/dev/null 2>&1 || nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo gpu; \
+  elif [ -n "$$TPU_NAME$$TPU_ACCELERATOR_TYPE" ] || ls -d /dev/accel[0-9]* >/dev/null 2>&1; then echo tpu; \
+  else echo cpu; fi)
+endif
+
+requirements_cpu := requirements-cpu.txt
+requirements_gpu := requirements.txt
+requirements_tpu := requirements-tpu.txt
+requirements := $(requirements_$(DEVICES))
+ifeq ($(requirements),)
+$(error DEVICES is '$(DEVICES)'; it can be cpu, gpu or tpu)
+endif
+size_cpu := 3 GB of disk, one to three minutes
+size_gpu := 8 GB of disk, 3 GB of it CUDA to download, five to fifteen minutes
+size_tpu := 4 GB of disk, one to five minutes
+
+ready := .venv/ready-$(DEVICES)
+python := .venv/bin/python
+# A few workers are enough: each one's XLA uses all cores when it has work.
+workers := -n logical --maxprocesses=4 --dist=loadfile
+
+# Without an accelerator the demo shows the two towers on two simulated devices.
+demo_flags_cpu := --cpu_devices=2
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	  printf 'make %-10s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: $(ready)  ## set up, build a small data set and train on it
+	rm -rf runs/demo
+	$(python) main.py --config=configs/demo.py --workdir=runs/demo $(demo_flags_$(DEVICES))
+
+.PHONY: test
+test: $(ready)  ## set up and run the tests, except the slow ones
+	$(python) -m pytest -m "not slow" $(workers) $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(ready)  ## the tests that take minutes
+	$(python) -m pytest -m slow $(ARGS)
+
+.PHONY: lint
+lint: $(ready)  ## check format and style
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+
+.PHONY: format
+format: $(ready)  ## format, and mend what can be mended
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+
+.PHONY: setup
+setup: $(ready)  ## make .venv; the commands above do it when needed
+
+.PHONY: clean
+clean:  ## remove .venv and caches; data/ and runs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . \( -path ./data -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -print | xargs rm -rf
+
+# Answers "ok PATH" or the reason why this Python cannot be used. PATH is the interpreter below any environment that is
+# active: it may be this very .venv, which is about to be removed.
+define check_python
+import sys
+version = ".".join(map(str, sys.version_info[:3]))
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(print("Python 3.11, 3.12 or 3.13 is needed, and this machine has " + version + "; name one with PYTHON=PATH"))
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit(print("Python " + version + " here cannot make environments: install python3-venv "
+                   "(Debian, Ubuntu: apt-get install python3-venv)"))
+print("ok " + getattr(sys, "_base_executable", sys.executable))
+endef
+export check_python
+
+ifneq ($(shell [ -x $(python) ] && echo whole),whole)
+.PHONY: $(ready)
+endif
+$(ready): $(requirements) requirements-cpu.txt requirements-dev.txt constraints.txt
+	@problem=; for name in $(PYTHON); do \
+	  said=$$($$name -c "$$check_python" 2>/dev/null); \
+	  case $$said in \
+	    ok*) break ;; \
+	    *environments*) problem=$$said ;; \
+	    ?*) problem=$${problem:-$$said} ;; \
+	  esac; \
+	done; \
+	case $$said in ok*) ;; *) echo "$${problem:-Python 3.11, 3.12 or 3.13 is needed, and there is no python3}." >&2; exit 1 ;; esac; \
+	python=$${said#ok }; \
+	echo "Setting up .venv for the $(DEVICES) with $$python ($(size_$(DEVICES)))"; \
+	rm -rf .venv && "$$python" -m venv .venv
+	@install="$(python) -m pip install -c constraints.txt -r $(requirements) -r requirements-dev.txt"; \
+	PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $$install -qq || { \
+	  echo "The set-up stopped. Is the package index in reach? This tells more: $$install" >&2; exit 1; }
+	@touch $@
