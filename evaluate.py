@@ -32,25 +32,26 @@ def offsets(image_size: int, crop: int, views: str) -> list[tuple[int, int]]:
     return [(0, 0), (0, margin), (margin, 0), (margin, margin), middle]
 
 
-def build(network, layout: Layout, mean_image: np.ndarray, crop: int, views: str):
+def build(network, layout: Layout, mean_image: np.ndarray, input: Any, views: str):
     """Builds the function that evaluates one batch on all devices.
 
     Args:
       network: module that maps (N, crop, crop, 3) images to logits.
       mean_image: (S, S, 3) float32; its central crop is subtracted from every view, as in the source of 2012.
-      crop: side of a view.
+      input: a config's `input` section; `crop` is the side of a view, `scale` multiplies the pixels.
       views: 'centre', or 'ten' for the mean of the softmax over corners, centre and their reflections.
 
     Returns:
       A function of (sharded parameters, sharded batch) giving sums over the real examples of the global batch: 'loss',
       'top1' and 'top5' (errors), 'examples', and per class 'class_examples' and 'class_errors'.
     """
+    crop = input.crop
     mean = center(mean_image, crop)
     places = np.array(offsets(mean_image.shape[0], crop, views))
 
     def probabilities(params, images, place):
         view = jax.lax.dynamic_slice(images, (0, place[0], place[1], 0), (images.shape[0], crop, crop, 3))
-        view = view.astype(jnp.float32) - mean
+        view = (view.astype(jnp.float32) - mean) * input.scale
         sides = (view, view[:, :, ::-1]) if views == "ten" else (view,)
         return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
 

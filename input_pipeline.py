@@ -141,6 +141,8 @@ def validate(input: Any) -> None:
         raise UserError(f"input.crop={input.crop} must lie between 1 and input.resize={input.resize}.")
     if input.lighting_scale not in ("std", "variance"):
         raise UserError(f"input.lighting_scale={input.lighting_scale!r} must be 'std' or 'variance'.")
+    if not 0 < input.scale <= 1e6:
+        raise UserError(f"input.scale={input.scale} must be above 0, and at most 1e6.")
     for field, high in (("lighting_std", 100), ("lighting_until", 1e6), ("threads", 1024)):
         if not 0 <= input[field] <= high:
             raise UserError(f"input.{field}={input[field]} must lie between 0 and {high}.")
@@ -322,7 +324,7 @@ def _draw(records: Records, input: Any, count: int, seed: int, g: np.ndarray) ->
     scale = records.principal_std if input.lighting_scale == "std" else records.principal_std**2
     on = (input.lighting_std > 0) & ((input.lighting_until <= 0) | (g / count < input.lighting_until))
     shift = (normal * input.lighting_std * scale) @ records.principal_components * on[:, None]
-    gain = np.where(on & input.lighting_divide, 1 / (1 + input.lighting_std), 1)
+    gain = input.scale * np.where(on & input.lighting_divide, 1 / (1 + input.lighting_std), 1)
     return corner, reflect, shift.astype(np.float32), gain.astype(np.float32)
 
 

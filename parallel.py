@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -78,13 +79,22 @@ class Layout:
         where the network has two towers and each process an even number of devices, else 1.
       towers: how many towers the network has.
       batch_size: rows of a global batch, checked here because it must divide over the devices; 0 leaves it unchecked.
+      devices: the devices of this process to use, all by default.
 
     Raises:
       UserError: the numbers do not go together; the sentence says which would.
     """
 
-    def __init__(self, devices_per_network: int = 1, *, towers: int = 2, batch_size: int = 0):
-        local = jax.local_device_count()
+    def __init__(
+        self,
+        devices_per_network: int = 1,
+        *,
+        towers: int = 2,
+        batch_size: int = 0,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.local_devices = list(devices or jax.local_devices())
+        local = len(self.local_devices)
         if devices_per_network == 0:
             devices_per_network = 2 if towers == 2 and local % 2 == 0 else 1
         if devices_per_network not in (1, 2):
@@ -103,14 +113,13 @@ class Layout:
                 f"{'is 1' if local == 1 else f'are {local}'}: use --config.parallel.devices_per_network=1, or "
                 f"--cpu_devices={local + 1} to simulate {local + 1} devices."
             )
-        self.size = jax.device_count()
+        self.size = local * jax.process_count()
         if batch_size % self.size:
             below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
             near = f"{below} or {above}" if below else f"{above}"
             raise UserError(f"batch_size={batch_size} does not divide over {self.size} devices; {near} would.")
         self.devices_per_network = devices_per_network
         self.networks = self.size // devices_per_network
-        self.local_devices = jax.local_devices()
         grid = np.arange(self.size).reshape(self.networks, devices_per_network)
         self._tower_groups = tuple(map(tuple, grid.tolist()))
         self._network_groups = tuple(map(tuple, grid.T.tolist()))
@@ -200,9 +209,11 @@ class Layout:
         def on_device(*args):
             return function(*args)
 
-        count = function.__code__.co_argcount
+        count = len(inspect.signature(function).parameters)
         in_axes = tuple(None if i in broadcast else 0 for i in range(count))
-        return jax.pmap(on_device, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate)
+        # pmap takes its devices in the order of all processes, and a list of them in a single process only.
+        devices = self.local_devices if jax.process_count() == 1 else None
+        return jax.pmap(on_device, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
     def gather_rows(self, batch: Tree) -> Tree:
         """The rows of this device's whole network: its own, and those sent to the device of the other tower."""

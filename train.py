@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import flax
-import input_pipeline
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -21,6 +20,7 @@ import optax
 
 import checkpoint
 import evaluate
+import input_pipeline
 import metrics
 import models
 import optimizer
@@ -252,7 +252,7 @@ class Run:
         if views not in self._evaluators:
             network = build_network(self.config, self.layout)
             self._evaluators[views] = evaluate.build(
-                network, self.layout, self.records.mean_image, self.config.input.crop, views
+                network, self.layout, self.records.mean_image, self.config.input, views
             )
         batches = input_pipeline.eval_batches(
             self.records,

@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         crop=224,  # pixels (section 4.1)
         random_crop=True,
         reflect=True,
+        scale=1.0,  # multiplies the pixels after the mean is subtracted; 1 leaves them in 0–255, as in the paper
         lighting_std=0.1,  # section 4.1
         lighting_scale="std",  # the source's reading; 'variance' is the paper's, whose text has the eigenvalue itself
         lighting_until=0.0,  # epoch at which lighting ends; 0 is never

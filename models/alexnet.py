@@ -49,8 +49,9 @@ ORDERS = {
     },
 }
 
-# Standard deviation of the initial weights where it is not 0.01.
-DEVIATIONS = {"paper": {}, "2012": {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03}}
+# Standard deviations of the initial weights where they are not 0.01. None stands for √(2 / fan-in) and biases of 0 in
+# every layer (He et al. 2015): it works at any width, where the others were tuned for the paper's.
+DEVIATIONS = {"paper": {}, "2012": {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03}, "he": None}
 BIASED = (
     "conv2",
     "conv4",
@@ -58,6 +59,9 @@ BIASED = (
     "fc6",
     "fc7",
 )  # these start with bias 1, "to provide the ReLUs with positive inputs"
+
+# Not truncated, as the others are not.
+HE_NORMAL = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
 
@@ -69,7 +73,7 @@ class TowerLayer(nn.Module):
       features: output maps of all towers together.
       kernel_size: side of the square kernel; 0 makes the layer fully connected.
       stride, padding: of the convolution, as `layers.conv` takes them.
-      deviation: standard deviation of the initial weights, which are normal with mean 0.
+      deviation: standard deviation of the initial weights, which are normal with mean 0; 0 takes √(2 / fan-in).
       bias: initial bias.
       towers: which towers are here.
       dtype: type of the computation; parameters stay float32.
@@ -92,7 +96,8 @@ class TowerLayer(nn.Module):
         share = self.towers.share(self.features)
         window = (self.kernel_size,) * 2 if self.kernel_size else ()
         shape = (*window, inputs[0].shape[-1], share)
-        kernel = self.param("kernel", nn.initializers.normal(self.deviation), shape, jnp.float32)
+        weights = nn.initializers.normal(self.deviation) if self.deviation else HE_NORMAL
+        kernel = self.param("kernel", weights, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.constant(self.bias), (share,), jnp.float32)
         # Each tower's convolution is its own: a grouped one trains three times slower on CPUs (jax issue 13800).
         kernels = jnp.split(kernel.astype(self.dtype), len(inputs), axis=-1) if len(inputs) > 1 else [kernel]
@@ -126,8 +131,8 @@ class AlexNet(nn.Module):
       without: layers left out, of conv2 … fc7. A convolution takes its ReLU and normalisation with it; its pooling
         stays, so that the layers above keep their sizes.
       order: 'paper' (ReLU → LRN → pool) or '2012' (the source's order, with its second, spatial normalisation).
-      initial_weights: `model.init` in a config; their standard deviations, 'paper' (0.01) or '2012' (0.03 in conv3 …
-        conv5).
+      initial_weights: `model.init` in a config; 'paper' (normal, σ 0.01), '2012' (σ 0.03 in conv3 … conv5), or 'he'
+        (σ √(2 / fan-in), biases 0), which is made for inputs of unit variance, see `input.scale`.
       dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
       placement: which towers are on this device.
     """
@@ -192,6 +197,7 @@ class AlexNet(nn.Module):
             maps = [self.placement.join(maps)]
             self.sow("intermediates", f"{name}_joined", maps[0])
         kernel_size, stride = GEOMETRY.get(name, (0, 1))
+        deviations = DEVIATIONS[self.initial_weights]
         if name == "conv1":
             # The kernels run over the bottom and right edge, where pixels count as the mean: 224 gives 55 (source).
             padding = tuple((0, -(size - kernel_size) % stride) for size in maps[0].shape[1:3])
@@ -202,8 +208,8 @@ class AlexNet(nn.Module):
             kernel_size=kernel_size,
             stride=stride,
             padding=padding,
-            deviation=DEVIATIONS[self.initial_weights].get(name, 0.01),
-            bias=float(name in BIASED),
+            deviation=0.0 if deviations is None else deviations.get(name, 0.01),
+            bias=0.0 if deviations is None else float(name in BIASED),
             towers=self.placement,
             dtype=self.dtype,
             name=name,

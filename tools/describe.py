@@ -37,11 +37,12 @@ def layer_table(config) -> list[Row]:
         return variables["params"], seen["intermediates"]
 
     params, seen = jax.eval_shape(trace, jax.random.key(0))
-    rows = []
+    rows, towers = [], config.model.towers
     for name, leaves in params.items():
         output = seen[name]["__call__"][0].shape[1:]
         kernel = leaves["kernel"]
-        joined = seen.get(f"{name}_joined", [None])[0]
+        joined = seen.get(f"{name}_joined")
+        sent = math.prod(joined[0].shape[1:]) // towers if joined and towers > 1 else 0
         rows.append(
             Row(
                 name=name,
@@ -49,7 +50,7 @@ def layer_table(config) -> list[Row]:
                 kernel=kernel.shape,
                 parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
                 multiply_adds=math.prod(output[:-1]) * math.prod(kernel.shape),
-                exchange=math.prod(joined.shape[1:]) // config.model.towers if joined and config.model.towers > 1 else 0,
+                exchange=sent,
             )
         )
     return rows
@@ -87,10 +88,12 @@ def render(rows: list[Row], towers: int) -> str:
     )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = (False, False, False, True, True, False, True)
-    text = [
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in lines
-    ]
+
+    def align(line):
+        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        return "  ".join(cells).rstrip()
+
+    text = [align(line) for line in lines]
     rule = "─" * max(map(len, text))
     return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 

@@ -1,0 +1,138 @@
+"""The project's central promise: how the devices lie changes nothing but the speed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+
+import optimizer
+import parallel
+import train
+from errors import UserError
+
+LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
+
+
+def run(config, layout, steps):
+    """Trains from the seed; returns the losses, the merged state, and the sharded one."""
+    rates = optimizer.Rates(config.optimizer, config.schedule, 5.0)
+    rule = optimizer.build(config.optimizer, rates)
+    step = train.build_step(config, layout, rule, recipes.mean_image())
+    state = layout.shard(jax.device_get(train.init_state(config, rule)))
+    losses = []
+    for i in range(steps):
+        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1))
+        losses.append(float(parallel.first(values)["loss"]))
+    return losses, layout.merge(state, train.state_shapes(config)), state
+
+
+def make_layout(name):
+    devices, per_network = LAYOUTS[name]
+    return parallel.Layout(per_network, devices=jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(recipes.narrow(), make_layout("one device"), 10)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
+def test_layouts_agree(alone, name):
+    """Ten steps with dropout and lighting; 7 classes, which two towers cannot share evenly."""
+    losses, state, sharded = run(recipes.narrow(), make_layout(name), 10)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-3), "nothing was learned, so nothing is shown"
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for (path, mine), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(alone[1].params), strict=True
+    ):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+    networks = LAYOUTS[name][0] // LAYOUTS[name][1]
+    for leaf in jax.tree.leaves(sharded):
+        parts = parallel.addressable(leaf)
+        for network in range(1, networks):
+            for tower in range(LAYOUTS[name][1]):
+                replica = parts[network * LAYOUTS[name][1] + tower]
+                np.testing.assert_array_equal(replica, parts[tower], err_msg="replicas drifted apart")
+
+
+def test_each_device_holds_one_tower(alone):
+    config = recipes.narrow()
+    state = make_layout("towers").shard(alone[1])
+    first, second = parallel.addressable(state.params["conv2"]["kernel"])
+    merged = alone[1].params["conv2"]["kernel"]
+    np.testing.assert_array_equal(first, merged[..., : merged.shape[-1] // 2])
+    np.testing.assert_array_equal(second, merged[..., merged.shape[-1] // 2 :])
+    assert {leaf.dtype for leaf in jax.tree.leaves(alone[1].params)} == {np.dtype("float32")}
+    assert parallel.addressable(state.params["fc8"]["bias"])[0].shape == (-(-config.model.num_classes // 2),)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_merge_undoes_shard(name):
+    layout = make_layout(name)
+    random = np.random.default_rng(0)
+    tree = {"odd": random.normal(size=(3, 5)).astype(np.float32), "even": np.arange(4), "scalar": np.float32(2)}
+    merged = layout.merge(layout.shard(tree), tree)
+    jax.tree.map(np.testing.assert_array_equal, merged, tree)
+    assert not np.shares_memory(merged["even"], tree["even"])
+
+
+def test_rows_cross_once_and_keep_their_numbers():
+    """Every device gets its own rows, and each network ends up with all of its rows in order."""
+    layout = make_layout("grid")
+    numbers = np.arange(12)
+    put = layout.put({"row": numbers})
+    np.testing.assert_array_equal(np.concatenate(parallel.addressable(put["row"])), numbers)
+
+    def gathered(batch):
+        rows = layout.gather_rows(batch)["row"]
+        return rows, layout.row_numbers(len(rows))
+
+    for values, places in zip(*map(parallel.addressable, layout.map(gathered)(put)), strict=True):
+        np.testing.assert_array_equal(values, places)
+
+
+def test_exchange_has_the_gradient_of_a_concatenation():
+    layout = make_layout("towers")
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+    towers = layout.towers(2)
+
+    def loss(x):
+        joined = towers.join([x])
+        return jnp.sum(jnp.sin(joined) * jnp.cos(joined[:, ::-1])) / layout.devices_per_network
+
+    def whole(x):
+        return jnp.sum(jnp.sin(x) * jnp.cos(x[:, ::-1]))
+
+    gradient = layout.merge(layout.map(jax.grad(loss))(layout.shard(x)), x)
+    np.testing.assert_allclose(gradient, jax.grad(whole)(x), rtol=1e-5)
+
+
+def test_prefetch_keeps_order_and_all_batches():
+    layout = make_layout("data parallel")
+    batches = [{"x": np.full(2, i)} for i in range(5)]
+    seen = [int(parallel.first(batch)["x"][0]) for batch in layout.prefetch(iter(batches))]
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(devices_per_network=3), "1 device or on 2"),
+        (dict(devices_per_network=2, towers=1), "devices_per_network=1"),
+        (dict(devices_per_network=2, devices=3), "--cpu_devices=4"),
+        (dict(devices_per_network=1, batch_size=10, devices=4), "8 or 12 would"),
+        (dict(devices_per_network=1, batch_size=3, devices=4), "; 4 would"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments, says):
+    arguments = arguments | {"devices": jax.devices()[: arguments.get("devices", 2)]}
+    with pytest.raises(UserError, match=says):
+        parallel.Layout(**arguments)
+
+
+def test_zero_chooses():
+    assert parallel.Layout(0, devices=jax.devices()[:2]).devices_per_network == 2
+    assert parallel.Layout(0, devices=jax.devices()[:3]).devices_per_network == 1
+    assert parallel.Layout(0, towers=1, devices=jax.devices()[:2]).devices_per_network == 1
