@@ -65,12 +65,12 @@ def build(network, layout: Layout, mean_image: np.ndarray, input: Any, views: st
         # An equal or not-a-number rival counts against the network, so that constant outputs are never right.
         rivals = jnp.sum(~(softmax < right[:, None]), -1) - 1
         mask = batch["mask"]
-        wrong = mask * (rivals >= 1)
+        wrong = jnp.where(rivals >= 1, mask, 0)
         loss = -jnp.log(jnp.maximum(right, jnp.finfo(jnp.float32).tiny))
         sums = {
             "loss": jnp.sum(jnp.where(mask > 0, loss, 0)),
             "top1": jnp.sum(wrong),
-            "top5": jnp.sum(mask * (rivals >= min(5, classes))),
+            "top5": jnp.sum(jnp.where(rivals >= min(5, classes), mask, 0)),
             "examples": jnp.sum(mask),
             "class_examples": mask @ label,
             "class_errors": wrong @ label,

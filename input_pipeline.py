@@ -41,20 +41,23 @@ def prepare(
     name = sources.prepared_name(dataset)
     directory = records.directory(data_dir, name, size)
     if not directory.is_dir():
-        source = sources.open_source(dataset, data_dir, manual_dir, train_split)
-        print(f"Preparing {sum(source.counts.values()):,} images of {source.origin} in {directory}, once.", flush=True)
-        records.prepare(
-            source,
-            name=name,
-            data_dir=data_dir,
-            size=size,
-            train_split=train_split,
-            allow_unreadable=allow_unreadable,
-            max_pixels=max_pixels,
-        )
-    elif sources.is_folder(dataset) and pathlib.Path(dataset).is_dir():
+        with records.lock(data_dir, name):
+            if not directory.is_dir():  # another process may have prepared it meanwhile
+                source = sources.open_source(dataset, data_dir, manual_dir, train_split)
+                count = sum(source.counts.values())
+                print(f"Preparing {count:,} images of {source.origin} in {directory}, once.", flush=True)
+                records.prepare(
+                    source,
+                    name=name,
+                    data_dir=data_dir,
+                    size=size,
+                    train_split=train_split,
+                    allow_unreadable=allow_unreadable,
+                    max_pixels=max_pixels,
+                )
+    if sources.is_folder(dataset) and pathlib.Path(dataset).is_dir():
         origin = json.loads((directory / "prepared.json").read_text())["origin"]
-        if origin != str(pathlib.Path(dataset).resolve()):
+        if origin != sources.printable(str(pathlib.Path(dataset).resolve())):
             raise UserError(
                 f"{directory.parent} was prepared from {origin}, not from {dataset}; rename one of the two folders, or "
                 f"delete the prepared one."
@@ -241,7 +244,7 @@ def train_batches(
         tf.TensorSpec([rows], tf.float32),
     )
     stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads)
+    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records.directory)
 
 
 def eval_batches(
@@ -282,7 +285,7 @@ def eval_batches(
 
     signature = (tf.TensorSpec([rows], tf.string), tf.TensorSpec([rows], tf.float32))
     stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads)
+    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records.directory)
 
 
 # Everything that is random.
@@ -333,7 +336,8 @@ def _draw(records: Records, input: Any, count: int, seed: int, g: np.ndarray) ->
 
 def _tensorflow():
     """Imports TensorFlow, which costs seconds and, where there is a GPU, would take its memory."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use here, and it announces itself
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -344,10 +348,12 @@ def _threads(num_threads: int | None) -> int:
     return num_threads or os.cpu_count() or 1
 
 
-def _batches(examples, rows: int, num_threads: int | None) -> Iterator[Batch]:
+def _batches(examples, rows: int, num_threads: int | None, directory: pathlib.Path) -> Iterator[Batch]:
     """Batches a tf.data stream of examples in order, a few batches ahead of their use."""
     tf = _tensorflow()
-    damaged = tf.errors.InvalidArgumentError  # found now, for at exit the module may be gone before the generator
+    # Found now, for at exit the module may be gone before the generator. Where TensorFlow's message quotes the damaged
+    # record, it is no text.
+    damaged = tf.errors.InvalidArgumentError, UnicodeDecodeError
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _threads(num_threads)
@@ -355,7 +361,9 @@ def _batches(examples, rows: int, num_threads: int | None) -> Iterator[Batch]:
     try:
         yield from batches.as_numpy_iterator()
     except damaged as error:
-        raise UserError(f"A record cannot be decoded, prepare the data set again: {error.message}") from error
+        raise UserError(
+            f"A record of {directory} cannot be decoded; delete {directory.parent} and prepare the data set again."
+        ) from error
 
 
 def _parse(serialized):
@@ -376,7 +384,10 @@ def _decode(encoded, size: int, window=None):
     if size > LOSSLESS_UP_TO:
         if window is None:
             return tf.ensure_shape(tf.io.decode_jpeg(encoded, channels=3), (size, size, 3))
-        return tf.io.decode_and_crop_jpeg(encoded, tf.stack(window), channels=3)
+        # The colours of the last column need those of the next, which libjpeg would leave out.
+        top, left, height, width = window
+        wider = tf.minimum(width + 2, size - left)
+        return tf.io.decode_and_crop_jpeg(encoded, tf.stack([top, left, height, wider]), channels=3)[:, :width]
     image = tf.ensure_shape(tf.io.decode_png(encoded, channels=3), (size, size, 3))
     return image if window is None else tf.image.crop_to_bounding_box(image, *window)
 
@@ -389,7 +400,10 @@ def _builder(directory: pathlib.Path):
     _tensorflow()
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory)
+    from datasets.progress import quiet
+
+    with quiet():
+        return tfds.builder_from_directory(directory)
 
 
 def _split(records: Records, split: str):
@@ -410,12 +424,12 @@ def _scan(file: pathlib.Path) -> np.ndarray:
 
     A record is its length (uint64), a checksum (4 bytes), the data, and a checksum (4 bytes).
     """
-    data = np.memmap(file, np.uint8, mode="r")
-    found, at = [], 0
-    while at < len(data):
-        length = int(data[at : at + 8].view("<u8")[0]) if at + 8 <= len(data) else len(data)
-        if at + length + 16 > len(data):
-            raise UserError(f"{file} is cut short; delete {file.parent.parent} and prepare the data set again.")
-        found.append((at + 12, length))
-        at += length + 16
+    found, at, end = [], 0, file.stat().st_size
+    with file.open("rb", buffering=0) as data:
+        while at < end:
+            length = int.from_bytes(os.pread(data.fileno(), 8, at), "little")
+            if at + length + 16 > end:
+                raise UserError(f"{file} is cut short; delete {file.parent.parent} and prepare the data set again.")
+            found.append((at + 12, length))
+            at += length + 16
     return np.array(found, np.int64).reshape(-1, 2)

@@ -1,4 +1,15 @@
-"""AlexNet from scratch on Caltech-101 (draft)."""
+"""AlexNet from scratch on Caltech-101, 30 training images a class, at a quarter of the paper's width.
+
+    tar -xf caltech101.tar -C data            # gives data/caltech101/{train,test}/CLASS/*.jpg
+    python main.py --config=configs/caltech101.py --workdir=runs/caltech101
+
+Zeiler and Fergus (2013, table 4) trained a network of AlexNet's size on as many images from scratch: 46.5 ± 1.7 % mean
+class accuracy.
+
+3,030 photographs are few. With the paper's initial weights, nearly all of each map is the same in every image, dropout
+turns that into noise, and the loss would stay at ln(101) for most of an hour. So weights are initialised after He et
+al., pixels come in units of their standard deviation, fewer outputs are dropped, and batches are small.
+"""
 
 import ml_collections
 
@@ -8,9 +19,19 @@ from configs import alexnet
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = alexnet.get_config()
-    config.num_epochs = 30.0
+    config.batch_size = 32  # 95 updates an epoch; the paper's 128 would give 24
+    config.num_epochs = 40.0
+    config.log_every.steps = 50
+    config.eval_every.epochs = 4.0
+    config.checkpoint_every.epochs = 4.0
     config.dataset.name = "data/caltech101"
     config.dataset.eval_split = "test"
+    config.input.scale = 1 / 64
     config.model.num_classes = 101
-    config.model.init = "2012"
+    config.model.width = 0.25
+    config.model.init = "he"
+    config.model.dropout_rate = 0.25
+    config.optimizer.learning_rate = 0.02
+    config.schedule.name = "steps"
+    config.schedule.factors = ((30.0, 0.1), (37.0, 0.01))
     return config

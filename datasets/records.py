@@ -10,7 +10,9 @@ A folder of that name is complete: it gets its name when everything in it is wri
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -19,12 +21,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from datasets.sources import File, Source
+from datasets.progress import progress
+from datasets.sources import File, Source, printable
 from errors import UserError
 
 VERSION = "1.0.0"
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows more, and runs Ghostscript for some
 LOSSLESS_UP_TO = 64  # pixels a side; JPEG would visibly change images as small as CIFAR's
 JPEG_QUALITY = 95
 
@@ -52,11 +56,12 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
     if not data:
         raise Unreadable("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise Unreadable(f"it declares {image.width}×{image.height} pixels, above the limit of {max_pixels:,}")
             ready = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
-            if ready and size > LOSSLESS_UP_TO and ImageOps.exif_transpose(image).size == image.size:
+            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            if ready and upright and size > LOSSLESS_UP_TO:
                 return data, np.asarray(image)  # encoding it again would only lose detail
             # Lets libjpeg skip detail of large photographs, down to twice the size wanted.
             scale = 2 * size / min(image.size)
@@ -66,7 +71,7 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        raise Unreadable("not an image in a format that Pillow knows") from None
+        raise Unreadable(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
     side = min(image.size)
@@ -142,6 +147,30 @@ def directory(data_dir: str | pathlib.Path, name: str, size: int) -> pathlib.Pat
     return pathlib.Path(data_dir) / "prepared" / f"{name}-{size}" / VERSION
 
 
+@contextlib.contextmanager
+def lock(data_dir: str | pathlib.Path, name: str) -> Iterator[None]:
+    """Lets one process at a time prepare a set, in any size; the others wait.
+
+    The system takes the lock from a process that dies.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    path = pathlib.Path(data_dir) / "prepared" / f".{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot take prepared records: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process prepares {name}; waiting for it.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def prepare(
     source: Source,
     *,
@@ -152,7 +181,7 @@ def prepare(
     allow_unreadable: int = 0,
     max_pixels: int = 100_000_000,
 ) -> pathlib.Path:
-    """Writes the records of a source, with a progress bar; returns their folder.
+    """Writes the records of a source, with a progress bar; returns their folder. Hold the `lock` of `name`.
 
     Args:
       name: the name of the prepared set.
@@ -165,6 +194,7 @@ def prepare(
     Raises:
       UserError: more files than allowed are unreadable, or the folder cannot be written.
     """
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     final = directory(data_dir, name, size)
@@ -173,41 +203,49 @@ def prepare(
     statistics = Statistics.empty(size)
     unreadable = []
 
-    def examples(split):
+    def listed():
+        return "".join(f"\n  {item['file']}: {item['reason']}" for item in unreadable)
+
+    def examples(split, advance):
+        written = 0
         results = _in_order(lambda file: _read(file, size, max_pixels), source.files(split))
         for number, (file, record, pixels, outer, reason) in enumerate(results):
+            advance()
             if reason:
-                unreadable.append({"file": file.name, "reason": reason})
+                unreadable.append({"file": printable(file.name), "reason": reason})
                 continue
             if split == train_split:
                 statistics.add(pixels, outer)
+            written += 1
             yield number, {"image": io.BytesIO(record), "label": file.label, "file_name": os.fsencode(file.name)}
+        if not written:
+            raise UserError(f"No file of the split {split!r} can be read:{listed()}")
 
     encoding = "jpeg" if size > LOSSLESS_UP_TO else "png"
     try:
         partial.mkdir(parents=True)
-        builder = tfds.dataset_builders.AdhocBuilder(
-            name=final.parent.name,
-            version=VERSION,
-            description=f"{source.origin} as {size}×{size} images.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format=encoding),
-                    "label": tfds.features.ClassLabel(names=list(source.class_names)),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            split_datasets={split: examples(split) for split in source.counts},
-            data_dir=partial,
-            file_format="tfrecord",
-        )
-        builder.download_and_prepare()
+        with progress(name, sum(source.counts.values())) as advance:
+            builder = tfds.dataset_builders.AdhocBuilder(
+                name="records",  # TFDS takes few characters in a name, folders have any
+                version=VERSION,
+                description=f"{source.origin} as {size}×{size} images.",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=(size, size, 3), encoding_format=encoding),
+                        "label": tfds.features.ClassLabel(names=list(source.class_names)),
+                        "file_name": tfds.features.Text(),
+                    }
+                ),
+                split_datasets={split: examples(split, advance) for split in source.counts},
+                data_dir=partial,
+                file_format="tfrecord",
+            )
+            builder.download_and_prepare()
         if len(unreadable) > allow_unreadable:
-            listed = "".join(f"\n  {item['file']}: {item['reason']}" for item in unreadable)
             raise UserError(
                 f"{len(unreadable)} of {sum(source.counts.values())} files cannot be read, {allow_unreadable} are "
                 f"allowed; remove them, or allow them with --allow_unreadable={len(unreadable)} "
-                f"(--config.dataset.allow_unreadable in main.py):{listed}"
+                f"(--config.dataset.allow_unreadable in main.py):{listed()}"
             )
         if not statistics.count:
             raise UserError(f"{source.origin} has no split {train_split!r} to take the mean image from.")
@@ -223,7 +261,7 @@ def prepare(
         (written / "prepared.json").write_text(json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(final.parent, ignore_errors=True)
         written.parent.rename(final.parent)
-    except OSError as error:
+    except (OSError, tf.errors.OpError) as error:
         raise UserError(f"{data_dir} cannot take the prepared records: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,12 +4,21 @@ A source yields files as they are, encoded; `datasets.records` makes records of 
 """
 
 import dataclasses
+import functools
 import pathlib
+import re
+import socket
+import tarfile
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 
+from datasets.progress import progress, quiet
 from errors import UserError, nearest
 
 # Other files in a class folder (Thumbs.db, .DS_Store, notes) are not images and are left alone.
+# Archives that TFDS cannot download; without one of these it would go on and leave out a split, or fail unclearly.
+ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -40,13 +49,16 @@ class Source:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a data set's name is a folder, and not the name of a TFDS or generated set."""
-    return "/" in name or "\\" in name or pathlib.Path(name).is_dir()
+    """Whether a data set's name is a folder, there or not, and not the name of a TFDS or generated set."""
+    if pathlib.Path(name).is_dir() or name.startswith((".", "/", "~")):
+        return True
+    # A path, or a TFDS set and its config, as imagenette/320px-v2.
+    return "/" in name and name.partition("/")[0] not in _tfds_names()
 
 
 def prepared_name(name: str) -> str:
     """The name under which a set is prepared: a folder's last part, or the name of the set."""
-    return pathlib.Path(name).resolve().name if is_folder(name) else name.replace("/", "-").replace(":", "-")
+    return printable(pathlib.Path(name).resolve().name) if is_folder(name) else name.replace("/", "-").replace(":", "-")
 
 
 def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str = "train") -> Source:
@@ -66,6 +78,17 @@ def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str
     return _tfds(name, data_dir, manual_dir)
 
 
+def printable(name: str) -> str:
+    """A file's name for messages and JSON: control characters, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def _read(file: pathlib.Path) -> bytes:
+    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise OSError("it is not a regular file")
+    return file.read_bytes()
+
+
 def _folder(root: pathlib.Path, train_split: str) -> Source:
     if not root.is_dir():
         raise UserError(f"The data folder {root} does not exist; it should hold SPLIT/CLASS/*.jpg.")
@@ -80,48 +103,66 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
     if train_split not in classes:
         raise UserError(f"{root} has no split {train_split!r}: {nearest(train_split, classes)}")
     names = classes[train_split]
+    for name in names:
+        if printable(name) != name:
+            raise UserError(f"The class folder {printable(str(root / train_split / name))} needs a printable name.")
     for split, others in classes.items():
+        if not re.fullmatch(r"[\w-]+", split, re.ASCII) or split == "all":
+            raise UserError(
+                f"{printable(str(root / split))}: a split's name takes letters, digits, - and _, not 'all'."
+            )
         if strangers := sorted(set(others) - set(names)):
             raise UserError(f"{root / split / strangers[0]} is a class that {root / train_split} does not have.")
 
     def list_files(split):
-        found = []
         for label, name in enumerate(names):
             folder = root / split / name
             if folder.is_dir():
-                files = (
-                    f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
-                )
-                found += [File(str(file.relative_to(root)), label, file.read_bytes) for file in sorted(files)]
-        return found
+                files = (f.name for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+                yield from ((f"{split}/{name}/{file}", label) for file in sorted(files) if not file.startswith("."))
 
-    listed = {split: list_files(split) for split in classes}
-    for split, files in listed.items():
-        if not files:
+    def files(split):
+        for name, label in listed[split]:
+            yield File(name, label, functools.partial(_read, root / name))
+
+    listed = {split: list(list_files(split)) for split in classes}
+    for split in listed:
+        if not listed[split]:
             raise UserError(f"{root / split} holds no image files ({' '.join(IMAGE_SUFFIXES)}).")
-    return Source(str(root.resolve()), tuple(names), {s: len(f) for s, f in listed.items()}, lambda s: iter(listed[s]))
+    counts = {split: len(found) for split, found in listed.items()}
+    return Source(printable(str(root.resolve())), tuple(names), counts, files)
 
 
+@quiet()
 def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     from datasets.shapes import Shapes
 
     directory = pathlib.Path(data_dir).resolve()
+    known = [Shapes.name, *_tfds_names()]
+    if (base := re.split("[/:]", name)[0]) not in known:
+        raise UserError(f"{name!r} is neither a folder here nor a TFDS data set: {_few(nearest(name, known))}")
     try:
         builder = Shapes(data_dir=directory) if name == Shapes.name else tfds.builder(name, data_dir=directory)
-    except (tfds.core.DatasetNotFoundError, ValueError, ImportError):
-        known = [Shapes.name, *tfds.list_builders(with_community_datasets=False)]
-        raise UserError(
-            f"{name!r} is neither a folder here nor a TFDS data set: {_few(nearest(name, known))}"
-        ) from None
+    except ImportError as error:
+        raise UserError(f"TFDS cannot open {name}: {error}") from None
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError):
+        configs = [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
+        raise UserError(f"TFDS has {base}, but not as {name!r}: {_few(nearest(name, [base, *configs]))}") from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(f"The TFDS data set {name} is not for image classification: it has {', '.join(features)}.")
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     try:
-        builder.download_and_prepare(download_config=config, file_format=None)
-    except (AssertionError, OSError, tfds.core.download.DownloadError) as error:
+        if not builder.is_prepared():
+            manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
+            _check_at_hand(builder, directory / "downloads", manual)
+            config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None)
+            print(f"TFDS downloads or reads {name} into {builder.data_path}, once.", flush=True)
+            with progress(f"TFDS: {name}"):
+                builder.download_and_prepare(download_config=config, file_format=None)
+    except (AssertionError, OSError, tarfile.TarError, tf.errors.OpError, tfds.core.download.DownloadError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"TFDS could not get {name} ready: {reason}") from error
 
@@ -138,6 +179,31 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     # Contests publish test images without labels, as −1; nothing can be measured on those.
     labelled = {split: count for split, count in counts.items() if count and next(files(split)).label >= 0}
     return Source(f"TFDS {builder.info.full_name}", tuple(features["label"].names), labelled, files)
+
+
+def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> None:
+    """Says at once what TFDS would find out late: archives that are missing, no network."""
+    missing = [name for name in ARCHIVES.get(builder.name, ()) if not (manual / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{builder.name} needs {' and '.join(missing)} in {manual}; they come from "
+            f"{builder.info.homepage}, and python -m tools.prepare takes another folder as --manual_dir."
+        )
+    downloaded = any(file.is_file() for file in downloads.glob("*"))
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS or downloaded or urllib.request.getproxies():
+        return
+    for url in builder.url_infos or ():
+        host = urllib.parse.urlsplit(url).hostname
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise UserError(f"{builder.name} cannot be downloaded, {host} is not found: {error.strerror}.") from None
+
+
+def _tfds_names() -> list[str]:
+    import tensorflow_datasets as tfds
+
+    return tfds.list_builders(with_community_datasets=False)
 
 
 def _few(sentence: str) -> str:

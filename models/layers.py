@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 # On CPUs large arrays go through in chunks of examples, so that what one chunk needs stays in the cache.
-_PATCHES_BYTES = 24 << 20
+_PATCHES_BYTES = 12 << 20
 _MAPS_BYTES = 4 << 20
 
 
@@ -35,6 +35,11 @@ def output_size(size: int, window: int, stride: int) -> int:
 def _chunk(examples: int, bytes_each: int, limit: int) -> int:
     """The largest divisor of `examples` of which so many stay within `limit` bytes; 1 at least."""
     return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
+
+
+def _wide(dtype):
+    """The type of sums."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _split(x, chunk):
@@ -59,19 +64,19 @@ def _window_sum(x, windows):
 
 
 def _inverse_power(s, power):
-    if power == 0.75:  # the network's own; a general power costs about 35 ms more in conv1's normalisation
+    if power == 0.75:  # the paper's; a general power is slower
         return lax.rsqrt(s) * lax.sqrt(lax.rsqrt(s))
     return s**-power
 
 
 def _normalize_chunk(windows, constant, scale, power, x):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(_wide(x.dtype))
     s = constant + scale * _window_sum(jnp.square(wide), windows)
     return (wide * _inverse_power(s, power)).astype(x.dtype)
 
 
 def _normalize_chunk_gradient(windows, constant, scale, power, x, g):
-    wide, g = (v.astype(jnp.promote_types(x.dtype, jnp.float32)) for v in (x, g))
+    wide, g = (v.astype(_wide(x.dtype)) for v in (x, g))
     s = constant + scale * _window_sum(jnp.square(wide), windows)
     shrunk = g * _inverse_power(s, power)
     mirrored = [(axis, after, before) for axis, before, after in windows]
@@ -191,7 +196,7 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """Mean over window×window pixels, as far as they lie inside; otherwise as `max_pool`."""
-    mean = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = x.astype(_wide(x.dtype))
     for axis in (1, 2):
         size = x.shape[axis]
         starts = np.arange(output_size(size, window, stride)) * stride
@@ -208,31 +213,17 @@ def _convolve(x, kernel, stride, padding):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _fold(x, stride):
-    """(N, H, W, C) to (N, H/stride, W/stride, stride² · C), on which a convolution has stride 1."""
-    if stride == 1:
-        return x
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % stride), (0, -x.shape[2] % stride), (0, 0)))
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // stride, stride, w // stride, stride, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h // stride, w // stride, stride * stride * c)
-
-
-def _kernel_to_matrix(kernel, stride):
-    return _fold(kernel.transpose(3, 0, 1, 2), stride).reshape(kernel.shape[3], -1).T
-
-
 def _patches(x, kernel_shape, stride, padding):
-    """(N, output height, output width, rows of the kernel's matrix): what each output pixel sees."""
-    kh, kw = kernel_shape[:2]
+    """(N, output height, output width, kh · kw · C): what each output pixel sees."""
+    kh, kw, channels = kernel_shape[:3]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = ((size - k) // stride + 1 for size, k in zip(x.shape[1:3], (kh, kw), strict=True))
-    blocks = -(-kh // stride), -(-kw // stride)
-    # Folding the kernel rounds it up to whole blocks, and the input must reach as far; the kernel is zero there.
-    ends = [(n + b - 1) * stride for n, b in zip((h, w), blocks, strict=True)]
-    x = jnp.pad(x, ((0, 0), *((0, max(0, end - size)) for end, size in zip(ends, x.shape[1:3], strict=True)), (0, 0)))
-    x = _fold(x[:, : ends[0], : ends[1]], stride)
-    return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(blocks[0]) for j in range(blocks[1])], axis=-1)
+    # A row of a patch is made of whole blocks of `stride` pixels, and the start of one more.
+    blocks = -(-kw // stride)
+    width = (w + blocks - 1) * stride
+    x = _pad(x[:, :, :width], 2, 0, max(0, width - x.shape[2])).reshape(*x.shape[:2], -1, stride * channels)
+    x = jnp.concatenate([x[:, :, b : b + w, : (kw - b * stride) * channels] for b in range(blocks)], axis=-1)
+    return jnp.concatenate([x[:, i : i + (h - 1) * stride + 1 : stride] for i in range(kh)], axis=-1)
 
 
 def _patches_chunk(x, kernel, stride, padding):
@@ -241,7 +232,7 @@ def _patches_chunk(x, kernel, stride, padding):
 
 
 def _convolve_by_patches(x, kernel, stride, padding):
-    matrix = _kernel_to_matrix(kernel, stride)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
     parts = _split(x, _patches_chunk(x, kernel, stride, padding))
     y = lax.map(lambda part: _patches(part, kernel.shape, stride, padding) @ matrix, parts)
     return y.reshape(-1, *y.shape[2:])
@@ -250,8 +241,7 @@ def _convolve_by_patches(x, kernel, stride, padding):
 def _kernel_gradient_by_patches(x, kernel, g, stride, padding):
     chunk = _patches_chunk(x, kernel, stride, padding)
     xs, gs = _split(x, chunk), _split(g, chunk)
-    matrix, unfold = jax.vjp(lambda k: _kernel_to_matrix(k, stride), kernel)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = _wide(x.dtype)
 
     def product(i):
         patches = _patches(xs[i], kernel.shape, stride, padding)
@@ -259,7 +249,7 @@ def _kernel_gradient_by_patches(x, kernel, g, stride, padding):
 
     # The first chunk starts the sum: a zero would not vary over devices under shard_map, and the sum does.
     total = lax.fori_loop(1, len(xs), lambda i, total: total + product(i), product(0))
-    return unfold(total.astype(matrix.dtype))[0]
+    return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -1,0 +1,326 @@
+"""Sources and records: any file becomes a sensible record or is named with its reason; the generated set is fair."""
+
+import io
+import os
+import pathlib
+import struct
+import zlib
+
+import data
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets import records, shapes, sources
+from errors import UserError
+
+LIMIT = 100_000_000
+
+
+def record(image_or_bytes, size=64, **options):
+    """Pixels of the record of an image or file; at 64 pixels records are lossless."""
+    given = image_or_bytes
+    file = given if isinstance(given, bytes) else data.encoded(given, **{"format": "PNG"} | options)
+    encoded, pixels = records.to_record(file, size, LIMIT)
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert (image.size, image.mode) == ((size, size), "RGB")
+        if size <= records.LOSSLESS_UP_TO:
+            np.testing.assert_array_equal(np.asarray(image), pixels)
+        return np.asarray(image).astype(np.int64)
+
+
+def reason(file, size=64, max_pixels=LIMIT):
+    with pytest.raises(records.Unreadable) as error:
+        records.to_record(file, size, max_pixels)
+    return str(error.value)
+
+
+def quarters(width=64, height=64):
+    """Red, green / blue, white."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2, 0] = 255
+    pixels[: height // 2, width // 2 :, 1] = 255
+    pixels[height // 2 :, : width // 2, 2] = 255
+    pixels[height // 2 :, width // 2 :] = 255
+    return Image.fromarray(pixels)
+
+
+def corners(pixels):
+    return [tuple(pixels[y, x]) for y in (8, -8) for x in (8, -8)]
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+# What becomes a record.
+
+
+@settings(max_examples=25, deadline=None)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.sampled_from([8, 32, 64, 65, 80]))
+def test_every_image_becomes_a_square_of_its_centre(width, height, size):
+    pixels = record(Image.new("RGB", (width, height), (200, 100, 50)), size)
+    np.testing.assert_allclose(pixels, np.broadcast_to((200, 100, 50), pixels.shape), atol=2)
+
+
+def test_the_centre_of_the_longer_side_is_kept():
+    wide = Image.new("RGB", (192, 64), "black")
+    wide.paste(quarters(), (64, 0))
+    np.testing.assert_array_equal(record(wide), np.asarray(quarters()))
+    tall = Image.new("RGB", (64, 256), "black")
+    tall.paste(quarters(), (0, 96))
+    np.testing.assert_array_equal(record(tall), np.asarray(quarters()))
+
+
+def test_scaling_down_averages():
+    """A grid of single black and white pixels becomes grey, and does not alias."""
+    grid = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    pixels = record(Image.fromarray(grid))[4:-4, 4:-4]
+    assert abs(pixels - 127.5).max() <= 3
+
+
+def test_a_small_png_is_stored_without_loss():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(record(Image.fromarray(noise), 32), noise)
+
+
+def test_a_jpeg_of_the_right_size_passes_byte_for_byte():
+    file = data.encoded(data.picture("a", 0, 256), quality=70)
+    assert records.to_record(file, 256, LIMIT)[0] == file
+    assert records.to_record(data.encoded(data.picture("a", 0, (256, 257))), 256, LIMIT)[0] != file
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (1, [RED, GREEN, BLUE, WHITE]),
+        (2, [GREEN, RED, WHITE, BLUE]),
+        (3, [WHITE, BLUE, GREEN, RED]),
+        (6, [BLUE, RED, WHITE, GREEN]),
+        (8, [GREEN, WHITE, RED, BLUE]),
+    ],
+)
+def test_exif_orientation_is_applied_also_to_images_of_the_right_size(orientation, expected, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = record(quarters(size, size), size, format="JPEG", exif=exif.tobytes())
+    np.testing.assert_allclose(corners(pixels), expected, atol=12)
+
+
+def test_greyscale_16_bits_palettes_and_transparency_become_rgb():
+    ramp = np.linspace(0, 1, 64)[None].repeat(64, 0)
+    expected = np.round(ramp * 255)[..., None]
+    grey = Image.fromarray((ramp * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(record(grey), expected.repeat(3, -1))
+    deep = Image.fromarray((ramp * 65535).round().astype(np.uint16))
+    np.testing.assert_allclose(record(deep), expected.repeat(3, -1), atol=1)
+    assert set(record(grey.convert("1")).flat) == {0, 255}
+
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    clear.paste((0, 0, 0, 128), (32, 32, 64, 64))
+    np.testing.assert_allclose(corners(record(clear)), [BLUE, WHITE, BLUE, (127,) * 3], atol=1)
+
+    palette = quarters().convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_array_equal(corners(record(palette)), [RED, GREEN, BLUE, WHITE])
+    red = palette.getpixel((0, 0))
+    np.testing.assert_array_equal(corners(record(palette, transparency=red)), [WHITE, GREEN, BLUE, WHITE])
+    by_entry = bytes(0 if i == red else 255 for i in range(256))
+    np.testing.assert_array_equal(corners(record(palette, transparency=by_entry)), [WHITE, GREEN, BLUE, WHITE])
+
+
+def test_cmyk_jpegs_have_their_colours():
+    pixels = record(quarters().convert("CMYK"), format="JPEG")
+    np.testing.assert_allclose(corners(pixels), [RED, GREEN, BLUE, WHITE], atol=12)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    pixels = record(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(pixels[0, 0], RED)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_slivers_become_records(size, format):
+    pixels = record(Image.new("RGB", size, (90, 90, 90)), 256, format=format)
+    np.testing.assert_allclose(pixels, 90, atol=2)
+
+
+# What does not.
+
+
+def png_header(width, height):
+    """A PNG that declares a size and has no pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def test_damaged_files_are_named_with_their_reason():
+    assert reason(b"") == "the file is empty"
+    assert "not an image" in reason(b"Once upon a time" * 100)
+    jpeg = data.encoded(data.picture("a", 0, 200))
+    assert "truncated" in reason(jpeg[: len(jpeg) // 2])
+    assert "truncated" in reason(data.encoded(data.picture("a", 0, 64))[:-300], 64)
+    square = data.encoded(data.picture("a", 0, 256))
+    assert "truncated" in reason(square[: len(square) // 2], 256), "passed through though cut short"
+    reason(jpeg[:3])
+    reason(data.encoded(quarters(), "PNG")[:-80])
+    # Pillow would hand PostScript to Ghostscript.
+    assert "not an image" in reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+
+
+def test_an_image_above_the_limit_is_refused_undecoded():
+    assert "60000×60000" in reason(png_header(60_000, 60_000))
+    file = data.encoded(Image.new("RGB", (40, 50)), "PNG")
+    records.to_record(file, 64, 2000)
+    assert "limit of 1,999" in reason(file, 64, 1999)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cut=st.integers(0, 3000), at=st.integers(0, 3000), noise=st.binary(max_size=20), png=st.booleans())
+def test_any_damage_gives_a_record_or_a_reason(cut, at, noise, png):
+    file = data.encoded(data.picture("a", 0, 48), "PNG" if png else "JPEG")
+    file = file[:at] + noise + file[at + len(noise) : max(len(file) - cut, 0)]
+    try:
+        encoded, pixels = records.to_record(file, 48, 1_000_000)
+    except records.Unreadable as error:
+        assert str(error)
+    else:
+        assert pixels.shape == (48, 48, 3)
+        assert encoded
+
+
+# Folders.
+
+
+def test_a_folder_lists_its_images_by_class_and_name(tmp_path):
+    data.make_folder(tmp_path, {"train": 36, "val": 2}, classes=("cat", "ant", "bee"), size=9)
+    (tmp_path / "train/ant/notes.txt").write_text("not an image")
+    (tmp_path / "train/ant/.hidden.jpg").write_text("not an image")
+    (tmp_path / "README").write_text("not a split")
+    source = sources.open_source(str(tmp_path), "unused")
+    assert source.class_names == ("ant", "bee", "cat")
+    assert source.counts == {"train": 36, "val": 2}
+    files = list(source.files("train"))
+    assert [(file.name, file.label) for file in files] == [
+        (f"train/{name}/{i:04d}.jpg", label)
+        for label, (name, first) in enumerate({"ant": 1, "bee": 2, "cat": 0}.items())
+        for i in range(first, 36, 3)
+    ]
+    assert all(file.read() == (tmp_path / file.name).read_bytes() for file in files)
+
+
+NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & {0, ord("/")} and name[:1] != b".")
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.sets(NAMES, max_size=6))
+def test_file_names_are_any_bytes(tmp_path_factory, names):
+    root = tmp_path_factory.mktemp("names")
+    data.make_folder(root, {"train": 1}, classes=("a",))
+    for number, name in enumerate(names):
+        path = os.path.join(os.fsencode(root / "train/a"), name + b".jpg")  # noqa: PTH118 -- bytes
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(b"%d" % number)
+    files = list(sources.open_source(str(root), "unused").files("train"))
+    assert len(files) == 1 + len(names)
+    assert {file.read() for file in files[:]} >= {b"%d" % number for number in range(len(names))}
+    assert all(sources.printable(file.name).isprintable() for file in files)
+
+
+def test_a_wrong_folder_is_one_sentence(tmp_path):
+    def sentence(root, **options):
+        with pytest.raises(UserError) as error:
+            sources.open_source(str(root), "unused", **options)
+        return str(error.value)
+
+    assert "does not exist" in sentence(tmp_path / "nowhere")
+    assert "holds no SPLIT/CLASS" in sentence(tmp_path)
+    (tmp_path / "train/cat").mkdir(parents=True)
+    assert "holds no image files" in sentence(tmp_path)
+    data.make_folder(tmp_path, {"train": 1, "validation": 1}, classes=("cat",))
+    assert "did you mean validation?" in sentence(tmp_path, train_split="valid")
+    (tmp_path / "validation/dog").mkdir()
+    assert f"{tmp_path}/validation/dog is a class that" in sentence(tmp_path)
+    (tmp_path / "validation/dog").rmdir()
+    (tmp_path / "my photos/cat").mkdir(parents=True)
+    assert "split's name" in sentence(tmp_path)
+    (tmp_path / "my photos").rename(tmp_path / "photos")
+    os.mkdir(os.fsencode(tmp_path / "train") + b"/caf\xe9")  # noqa: PTH102
+    assert r"caf\udce9 needs a printable name" in sentence(tmp_path)
+
+
+def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("here").mkdir()
+    assert all(map(sources.is_folder, ["here", "./nowhere", "/nowhere", "no/where", "~/x"]))
+    assert not any(map(sources.is_folder, ["cifar10", "shapes", "imagenet_resized/32x32", "imagenette/320px-v2"]))
+    assert sources.prepared_name("imagenet_resized/32x32") == "imagenet_resized-32x32"
+    assert sources.prepared_name("no/where/") == "where"
+    with pytest.raises(UserError, match="did you mean cifar10"):
+        sources.open_source("cifar10x", "data")
+    with pytest.raises(UserError, match="imagenet_resized/32x32"):
+        sources.open_source("imagenet_resized/33x33", "data")
+
+
+# Statistics.
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3)).astype(np.uint8)
+    images[..., 1] = images[..., 0] // 2 + images[..., 1] // 3  # correlated colours
+    statistics = records.Statistics.empty(16)
+    for image in images:
+        statistics.add(image, records.outer_product(image))
+    found = statistics.arrays()
+    pixels = images.astype(np.float64)
+    np.testing.assert_allclose(found["mean_image"], pixels.mean(0), rtol=1e-6)
+    check_components(found["principal_std"], found["principal_components"], pixels)
+
+
+def check_components(std, components, pixels):
+    """Compares with the covariance of all pixels."""
+    covariance = np.cov(pixels.reshape(-1, 3).T, bias=True)
+    np.testing.assert_allclose(components @ components.T, np.eye(3), atol=1e-5)
+    assert std[0] >= std[1] >= std[2] > 0
+    np.testing.assert_allclose(components.T @ np.diag(std.astype(np.float64) ** 2) @ components, covariance, rtol=1e-3)
+
+
+# The generated set.
+
+
+def test_an_example_of_shapes_is_a_function_of_its_number():
+    first, again, other = (shapes.draw(3, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.5
+    assert (first.shape, first.dtype) == ((256, 256, 3), np.uint8)
+    assert len(shapes.CLASSES) == 10
+
+
+def test_two_cues_of_shapes_leave_classes_open():
+    """No single cue names the class; every value of every cue has at least three classes."""
+    for cue in range(3):
+        values = [name.split("-")[cue] for name in shapes.CLASSES]
+        assert all(values.count(value) >= 3 for value in set(values))
+
+
+def test_shapes_are_not_told_apart_by_linear_classifiers():
+    """Ridge regression on pixels at two sizes stays above half wrong, whatever its penalty."""
+    labels = np.arange(1200) % 10
+    images = [Image.fromarray(shapes.draw(label, np.random.default_rng((i, 9)))) for i, label in enumerate(labels)]
+    for side in (8, 16, 32):
+        x = np.stack([np.asarray(image.resize((side, side), Image.Resampling.BOX)) for image in images])
+        x = x.reshape(len(x), -1) / 255.0
+        train, test = x[:900] - x[:900].mean(0), x[900:] - x[:900].mean(0)
+        kernel = train @ train.T
+        targets = np.eye(10)[labels[:900]] - 0.1
+        errors = []
+        for penalty in (1e-2, 1, 1e1, 1e2, 1e3, 1e4):
+            scores = test @ (train.T @ np.linalg.solve(kernel + penalty * np.eye(len(train)), targets))
+            errors.append((scores.argmax(1) != labels[900:]).mean())
+        print(f"{side}×{side}: {min(errors):.1%} of the test examples wrong at the best penalty")
+        assert min(errors) > 0.5
