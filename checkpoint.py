@@ -6,12 +6,12 @@ A checkpoint holds the merged state (see `parallel`), so that it is the same wha
 
 import importlib.metadata
 import pathlib
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from errors import UserError
@@ -86,11 +86,18 @@ class Checkpoints:
         return self._manager.best_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads (merged state, meta) of a step; `like` gives the structure, shapes and types that are expected."""
+        """Reads (merged state, meta) of a step; `like` gives the structure, shapes and types that are expected.
+
+        Raises:
+          UserError: the shapes are others; a damaged folder raises whatever Orbax makes of it.
+        """
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         )
+        found = jax.tree.map(lambda leaf, target: leaf.shape == target.shape, restored["state"], like)
+        if not all(jax.tree.leaves(found)):  # Orbax goes by what was saved
+            raise UserError(f"The checkpoint of step {step} in {self.directory} is of a network of other sizes.")
         return restored["state"], restored["meta"]
 
     def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -103,8 +110,14 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return self.restore(step, like)
+            except UserError:
+                raise
             except Exception as error:  # Orbax raises anything on a damaged folder
-                logging.warning("The checkpoint of step %d cannot be read and is passed over: %s", step, error)
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print(
+                    f"warning: the checkpoint of step {step} cannot be read, it is passed over: {reason}",
+                    file=sys.stderr,
+                )
         if steps:
             raise UserError(
                 f"No checkpoint in {self.directory} can be read (steps {', '.join(map(str, steps))}); "

@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int | None:
     """Sets the platform up and trains."""
     if len(argv) > 1:
         raise cli.UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow's notices at import, which are nobody's concern here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import jax
 
     if CPU_DEVICES.value:
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int | None:
     import parallel
 
     parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     import train
 
     return train.train(CONFIG.value, WORKDIR.value)

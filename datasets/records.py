@@ -61,7 +61,8 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
                 raise Unreadable(f"it declares {image.width}×{image.height} pixels, above the limit of {max_pixels:,}")
             ready = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
             upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            if ready and upright and size > LOSSLESS_UP_TO:
+            progressive = "progressive" in image.info  # slow to decode, and a crop of it saves nothing
+            if ready and upright and not progressive and size > LOSSLESS_UP_TO:
                 return data, np.asarray(image)  # encoding it again would only lose detail
             # Lets libjpeg skip detail of large photographs, down to twice the size wanted.
             scale = 2 * size / min(image.size)
@@ -90,7 +91,8 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more, where Pillow's own conversion clips instead of scaling
         pixels = np.asarray(image, np.float64)
-        top = 65535 if pixels.max(initial=0) > 255 else 255
+        # Of 32-bit modes only the values tell their range; a dark 16-bit image is dark.
+        top = 65535 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255
         image = Image.fromarray(np.clip(pixels * (255 / top), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

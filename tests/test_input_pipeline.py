@@ -1,6 +1,7 @@
 """The stream is a function of (seed, place) and nothing else; views are crops; evaluation sees each example once."""
 
 import gc
+import io
 import itertools
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import input_pipeline
 from configs import alexnet
@@ -66,12 +68,13 @@ def batches(records, count, split="train", batch_size=8, seed=3, **changes):
 
 
 def whole(records, split):
-    """All images and labels of a split, in the order of storage, as TFDS reads them."""
+    """All images and labels of a split, in the order of storage, read by TFDS and decoded by Pillow."""
     import tensorflow_datasets as tfds
 
-    examples = tfds.builder_from_directory(records.directory).as_dataset(split=split)
-    images, labels = zip(*((e["image"], e["label"]) for e in examples.as_numpy_iterator()), strict=True)
-    return np.stack(images), np.array(labels)
+    undecoded = {"image": tfds.decode.SkipDecoding()}
+    examples = list(tfds.builder_from_directory(records.directory).as_dataset(split=split, decoders=undecoded))
+    images = [np.asarray(Image.open(io.BytesIO(e["image"].numpy()))) for e in examples]
+    return np.stack(images), np.array([int(e["label"]) for e in examples])
 
 
 def assert_same(some, others):
