@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 import signal
@@ -25,20 +24,8 @@ import metrics
 import models
 import optimizer
 import parallel
+import workdirs
 from errors import UserError
-
-# A run may be continued with other values of these; every other difference makes it another run.
-CONTINUABLE = (
-    "num_epochs",
-    "num_steps",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "eval_batch_size",
-    "dataset.data_dir",
-    "input.threads",
-    "parallel",
-)
 
 
 @flax.struct.dataclass
@@ -164,7 +151,7 @@ class Run:
         self.layout = parallel.Layout(
             config.parallel.devices_per_network, towers=config.model.towers, batch_size=config.batch_size
         )
-        check_workdir(config, self.workdir)
+        workdirs.check(config, self.workdir)
         self.records = input_pipeline.open_records(config.dataset, config.input)
         if self.records.num_classes != config.model.num_classes:
             raise UserError(
@@ -180,7 +167,7 @@ class Run:
 
         writes = jax.process_index() == 0
         if writes:
-            write_config(config, self.workdir)
+            workdirs.write_config(config, self.workdir)
         self.checkpoints = checkpoint.Checkpoints(self.workdir)
         restored = self.checkpoints.restore_latest(self._shapes)
         self.resumed = restored is not None
@@ -279,7 +266,7 @@ class Run:
         """Begins to save the present state; `error` is its validation error, if measured."""
         state = self.layout.merge(self.state, self._shapes)
         meta = {
-            "config": to_json(self.config),
+            "config": workdirs.to_json(self.config),
             "plateau": self.plateau._asdict(),
             "evaluated": self.evaluated,
         }
@@ -412,60 +399,6 @@ def validate(config) -> None:
     optimizer.validate(config)
 
 
-def to_json(config) -> dict[str, Any]:
-    """A config as JSON stores it, with lists for tuples."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
-    """The config of a workdir.
-
-    Raises:
-      UserError: there is none.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-
-
-def check_workdir(config, workdir: pathlib.Path) -> None:
-    """Refuses a workdir that belongs to another config, and names the fields; raises `UserError`."""
-    if not (workdir / "config.json").exists():
-        return
-    before, now = _flat(to_json(read_config(workdir))), _flat(to_json(config))
-    differ = [
-        f"{name} ({before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} here)"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(CONTINUABLE)
-    ]
-    if differ:
-        raise UserError(
-            f"{workdir} is the run of another config; take a new --workdir. Different: {'; '.join(differ)}."
-        )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def write_config(config, workdir: pathlib.Path) -> None:
-    """Writes config.json, whole or not at all."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.tmp"
-        partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from None
-
-
 def start_from(config, state: State) -> State:
     """Takes over the parameters of the workdir `config.init_from` where their shapes agree.
 
@@ -474,7 +407,7 @@ def start_from(config, state: State) -> State:
     """
     if not config.init_from:
         return state
-    shapes = state_shapes(read_config(config.init_from))
+    shapes = state_shapes(workdirs.read_config(config.init_from))
     with checkpoint.Checkpoints(config.init_from, read_only=True) as checkpoints:
         best = checkpoints.best_step()
         restored = (checkpoints.restore(best, shapes) if best is not None else checkpoints.restore_latest(shapes)) or ()

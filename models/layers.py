@@ -1,8 +1,8 @@
 """The layers of 2012 that Flax lacks, and a convolution: plain functions on NHWC arrays.
 
 All return the dtype of `x`; sums of squares and of products are taken in float32 at least. The forms are those that are
-fast on CPUs, where XLA's own pooling gradient, convolution with few channels and gradient of a kernel are slow; see
-benchmarks/README.md for what each is worth. Reverse-mode differentiation only.
+fast on CPUs, where XLA's own pooling gradient, convolution with few channels and gradient of a kernel are slow; the
+tests hold each to its plain form. Reverse-mode differentiation only.
 """
 
 import functools

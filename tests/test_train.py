@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,6 +133,43 @@ def test_finished_run_says_so_and_stays_as_it_is(folder, whole):
     before = (whole[0] / "metrics.jsonl").read_text()
     assert "Done: 10 steps" in run(folder, whole[0], "--config.num_steps=10").stdout
     assert (whole[0] / "metrics.jsonl").read_text() == before
+
+
+def test_two_processes_are_one_run(folder):
+    """Two processes of two devices each, a network in either: the losses and errors of one process with four."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [
+        subprocess.Popen(
+            command(
+                folder,
+                folder / "together",
+                "--config.num_steps=6",
+                f"--coordinator_address=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={number}",
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in together]
+    finally:
+        for process in together:
+            process.kill()
+    assert [process.returncode for process in together] == [0, 0], said
+    assert "Done: 6 steps" in said[0] and "Done" not in said[1]
+    run(folder, folder / "alone", "--config.num_steps=6", devices=4)
+    mine, theirs = metrics(folder / "together"), metrics(folder / "alone")
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        for name in other:
+            if not name.endswith(("images_per_second", "input_wait")):
+                assert one[name] == pytest.approx(other[name], rel=1e-5), name
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(folder):
