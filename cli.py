@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake of the user's, 130 and 143 stopped by SIGINT and
 
 import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             return main(argv)
         except UserError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
 
     app.run(guarded, flags_parser=_parse)
 

@@ -163,6 +163,7 @@ class Run:
         rule = optimizer.build(config.optimizer, rates)
         self._train_step = build_step(config, self.layout, rule, self.records.mean_image)
         self._shapes = state_shapes(config)
+        rates.tree(self._shapes.params, 0)  # refuses layers that the network does not have, before anything is written
         self._evaluators = {}
 
         writes = jax.process_index() == 0
@@ -276,7 +277,8 @@ class Run:
     def finish(self) -> None:
         """Ends the run: ten views of the best checkpoint, and what to do next."""
         self.checkpoints.wait()
-        tested = [line for line in metrics.read_lines(self.workdir / "metrics.jsonl") if "test/top1_error" in line]
+        lines = metrics.read_lines(self.workdir / "metrics.jsonl")
+        tested = [line for line in lines if "test/top1_error" in line and line["step"] == self.step]
         if tested:
             values = {name: value for name, value in tested[-1].items() if name.startswith("test/")}
         else:
@@ -352,7 +354,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     Raises:
       UserError: see `Run`; also a loss that is not finite.
     """
-    with StopSignal() as stop, Run(config, workdir) as run:
+    with Run(config, workdir) as run, StopSignal() as stop:
         steps = run.durations
         run.recorder.say(run.greeting())
         if run.resumed and steps.due(steps.eval_every, run.step) and run.evaluated < run.step:
