@@ -58,12 +58,10 @@ def prepare(
                 )
     summary = json.loads((directory / "prepared.json").read_text())
     origin = summary["origin"]
-    if not sources.is_folder(dataset):
-        same = origin.startswith(f"TFDS {re.split('[/:]', dataset)[0]}/")
-    elif pathlib.Path(dataset).is_dir():
+    if sources.is_folder(dataset):  # which may be gone since
         same = origin == sources.printable(str(pathlib.Path(dataset).resolve()))
     else:
-        same = True  # prepared elsewhere, and brought here without its photographs
+        same = origin.startswith(f"TFDS {re.split('[/:]', dataset)[0]}/")
     if not same:
         raise UserError(
             f"{directory.parent} was prepared from {origin}, not from {dataset}; rename one of the two folders, or "

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import recipes
-import reference
 
 import models
 import optimizer
+import recipes
+import reference
 import train
 from configs import alexnet
 from errors import UserError

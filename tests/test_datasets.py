@@ -6,13 +6,13 @@ import pathlib
 import struct
 import zlib
 
-import data
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data
 from datasets import records, shapes, sources
 from errors import UserError
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-import recipes
 
 import evaluate
 import optimizer
 import parallel
+import recipes
 import train
 
 SIZE, CROP, CLASSES = 12, 9, 7

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import data
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data
 import input_pipeline
 from configs import alexnet
 from errors import UserError

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import reference
 from models import layers
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recipes
 
 import optimizer
 import parallel
+import recipes
 import train
 from errors import UserError
 

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 
-import data
 import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import input_pipeline
 from datasets import progress, records, shapes
 from errors import UserError

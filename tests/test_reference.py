@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 
 MAPS = (4, 6, 8, 8, 6, 10, 8)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
-import data
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+import data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("a", "b", "c")
@@ -174,23 +175,23 @@ def test_two_processes_are_one_run(folder):
 
 def test_sigterm_saves_and_the_next_start_goes_on(folder):
     workdir = folder / "stopped"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(folder, workdir, "--config.num_steps=100000", "--config.eval_every.steps=100000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("step ") and int(line.split()[1]) >= 3:
-                break
-        process.send_signal(signal.SIGTERM)
-        begun = time.monotonic()
-        said = process.stdout.read()
-        assert process.wait(60) == 143, said
-        assert time.monotonic() - begun < 20
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("step ") and int(line.split()[1]) >= 3:
+                    break
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            said = process.stdout.read()
+            assert process.wait(60) == 143, said
+            assert time.monotonic() - begun < 20
+        finally:
+            process.kill()
     step = int(said.rpartition("step ")[2].split()[0])
     assert "SIGTERM" in said and (workdir / "checkpoints" / str(step)).is_dir()
     assert f"Continuing after step {step}" in run(folder, workdir, f"--config.num_steps={step + 2}").stdout
@@ -237,7 +238,8 @@ def test_diverging_run_stops(folder):
         (["--config.model.num_classes=4"], "has 3 classes; use --config.model.num_classes=3"),
         (["--config.model.lnr=False"], "did you mean model.lrn"),
         (["--config.batch_size=7"], "6 or 8 would"),
-        (["--config.dataset.name=/nowhere/photos"], "/nowhere/photos does not exist"),
+        (["--config.dataset.name=/nowhere/pictures"], "/nowhere/pictures does not exist"),
+        (["--config.dataset.name=/nowhere/photos"], "not from /nowhere/photos"),
         (["--config.dataset.eval_split=tset"], "did you mean test"),
         (["--config.input.crop=100"], "input.crop=100 must lie between 1 and input.resize=80"),
         (["--config.num_steps=-1"], "num_steps=-1"),
