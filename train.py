@@ -289,15 +289,19 @@ class Run:
             values = {f"test/{name}": value for name, value in self.evaluate(params, "ten").items()}
             values["test/step"] = best
             self.recorder.write(self.step, self.epoch, values)
+        doubled = f"num_steps={2 * self.step}" if self.config.num_steps else f"num_epochs={2 * self.epoch:.0f}"
+        tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
         self.recorder.say(
             f"""
 Done: {self.step} steps, {self.epoch:.1f} epochs. Ten views, with the best checkpoint (step {values["test/step"]}):
 top-1 error {values["test/top1_error"]:.2%}, top-5 error {values["test/top5_error"]:.2%}, \
 mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
 
-metrics      {self.workdir / "metrics.jsonl"}
-checkpoints  {self.checkpoints.directory}
-TensorBoard  {pathlib.Path(sys.executable).with_name("tensorboard")} --logdir={self.workdir}"""
+metrics           {self.workdir / "metrics.jsonl"}
+checkpoints       {self.checkpoints.directory}
+TensorBoard logs  {self.workdir}
+to look at them   {tensorboard} --logdir={self.workdir}
+to train further  the same command with --config.{doubled}"""
         )
 
     def greeting(self) -> str:

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = alexnet.get_config()
     config.batch_size = 32
-    config.num_epochs = 16.0
+    config.num_epochs = 20.0
     config.log_every.steps = 50
     config.eval_every.epochs = 2.0
     config.checkpoint_every.epochs = 2.0
@@ -34,5 +34,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dropout_rate = 0.25
     config.optimizer.learning_rate = 0.02
     config.schedule.name = "steps"
-    config.schedule.factors = ((13.0, 0.1),)
+    config.schedule.factors = ((16.0, 0.1),)
     return config

@@ -159,7 +159,8 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
             _check_at_hand(builder, directory / "downloads", manual)
             config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None)
-            print(f"TFDS downloads or reads {name} into {builder.data_path}, once.", flush=True)
+            verb = "Drawing" if name == Shapes.name else "TFDS downloads or reads"
+            print(f"{verb} {name} into {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
                 builder.download_and_prepare(download_config=config, file_format=None)
     except (AssertionError, OSError, tarfile.TarError, tf.errors.OpError, tfds.core.download.DownloadError) as error:
