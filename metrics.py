@@ -77,7 +77,7 @@ class Recorder:
         self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
         self._start = (step, time.monotonic())
         self._console = rich.console.Console()
-        self._bar = None
+        self._bar, self._rate = None, ""
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -99,12 +99,14 @@ class Recorder:
         self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | finite) + "\n")
         self._file.flush()
         self._tensorboard.write_scalars(step, values)
+        if "train/images_per_second" in values:
+            self._rate = f"{values['train/images_per_second']:,.0f} images/s"
         self.say(f"step {step:>6}  epoch {epoch:6.2f}  {describe(values)}{self._left(step)}")
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""
         if self._active and self._bar:
-            self._bar.update(self._task, completed=step, description="")
+            self._bar.update(self._task, completed=step, description=self._rate)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
