@@ -1,0 +1,45 @@
+"""The meter's arithmetic with given times, and what a recorder leaves behind a crash."""
+
+import json
+
+import pytest
+
+import metrics
+
+
+def test_meter_times_steps_and_waits():
+    """Three steps end at 10, 12 and 15 s; the third one's batch came half a second after the second step ended."""
+    meter = metrics.Meter(batch_size=8)
+    meter.add({"loss": 1.0}, arrived=5.0, ready=10.0)
+    meter.add({"loss": 2.0}, arrived=9.0, ready=12.0)
+    meter.add({"loss": 6.0}, arrived=12.5, ready=15.0)
+    assert meter.read() == pytest.approx(
+        {"train/loss": 3.0, "train/images_per_second": 16 / 5, "train/input_wait": 0.1}
+    )
+
+
+def test_meter_leaves_out_the_first_step_and_what_a_pause_covers():
+    meter = metrics.Meter(batch_size=8)
+    meter.add({"loss": 1.0}, arrived=0.0, ready=100.0)
+    assert meter.read() == {"train/loss": 1.0}
+    meter.pause()
+    meter.add({"loss": 1.0}, arrived=900.0, ready=1000.0)
+    meter.add({"loss": 1.0}, arrived=1000.0, ready=1002.0)
+    assert meter.read()["train/images_per_second"] == 4
+
+
+def test_recorder_goes_on_where_the_checkpoint_is(tmp_path):
+    """Lines after the restored step go, as does one that a crash cut short; what was before stays."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "epoch": step / 10, "train/loss": 1.0} for step in range(1, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "epo')
+    with metrics.Recorder(tmp_path, step=3, num_steps=8) as recorder:
+        recorder.write(4, 0.4, {"train/loss": float("nan")})
+    assert metrics.read_lines(path) == [*lines[:3], {"step": 4, "epoch": 0.4, "train/loss": None}]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with metrics.Recorder(tmp_path, step=0, num_steps=8, active=False) as recorder:
+        recorder.write(1, 0.1, {"train/loss": 1.0})
+        recorder.say("nothing")
+    assert list(tmp_path.iterdir()) == []
