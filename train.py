@@ -166,6 +166,10 @@ class Run:
         rates.tree(self._shapes.params, 0)  # refuses layers that the network does not have, before anything is written
         self._evaluators = {}
 
+        # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
+        begun = any((self.workdir / "checkpoints").glob("[0-9]*"))
+        taken_over = pretrained(config, self._shapes) if config.init_from and not begun else {}
+
         writes = jax.process_index() == 0
         if writes:
             workdirs.write_config(config, self.workdir)
@@ -176,7 +180,9 @@ class Run:
             state, meta = restored
             self.plateau, self.evaluated = optimizer.Plateau(**meta["plateau"]), meta["evaluated"]
         else:
-            state = start_from(config, jax.device_get(init_state(config, rule)))
+            state = jax.device_get(init_state(config, rule))
+            params = flax.traverse_util.flatten_dict(state.params) | taken_over
+            state = state.replace(params=flax.traverse_util.unflatten_dict(params))
             self.plateau, self.evaluated = optimizer.Plateau(), 0
         self.step = int(state.step)
         self.state = self.layout.shard(state)
@@ -405,23 +411,21 @@ def validate(config) -> None:
     optimizer.validate(config)
 
 
-def start_from(config, state: State) -> State:
-    """Takes over the parameters of the workdir `config.init_from` where their shapes agree.
+def pretrained(config, shapes: State) -> dict[tuple[str, ...], np.ndarray]:
+    """The parameters of the workdir `config.init_from` that have the shapes of this network's, by path.
 
     Raises:
       UserError: it is no workdir, or nothing in it fits.
     """
-    if not config.init_from:
-        return state
-    shapes = state_shapes(workdirs.read_config(config.init_from))
+    theirs = state_shapes(workdirs.read_config(config.init_from))
     with checkpoint.Checkpoints(config.init_from, read_only=True) as checkpoints:
         best = checkpoints.best_step()
-        restored = (checkpoints.restore(best, shapes) if best is not None else checkpoints.restore_latest(shapes)) or ()
+        restored = checkpoints.restore_latest(theirs) if best is None else checkpoints.restore(best, theirs)
     if not restored:
         raise UserError(f"init_from={config.init_from} has no checkpoint yet.")
+    mine = flax.traverse_util.flatten_dict(shapes.params)
     source = flax.traverse_util.flatten_dict(restored[0].params)
-    target = flax.traverse_util.flatten_dict(state.params)
-    fitting = {path: leaf for path, leaf in source.items() if path in target and target[path].shape == leaf.shape}
+    fitting = {path: leaf for path, leaf in source.items() if path in mine and mine[path].shape == leaf.shape}
     if not fitting:
         raise UserError(f"init_from={config.init_from}: no parameter there has the shape of one here.")
-    return state.replace(params=flax.traverse_util.unflatten_dict(target | fitting))
+    return fitting

@@ -243,6 +243,8 @@ def test_diverging_run_stops(folder):
         (["--config.dataset.eval_split=tset"], "did you mean test"),
         (["--config.input.crop=100"], "input.crop=100 must lie between 1 and input.resize=80"),
         (["--config.num_steps=-1"], "num_steps=-1"),
+        (["--config.init_from=/nowhere/run"], "/nowhere/run is not the workdir of a run"),
+        (["--config.schedule.layers=(('conv9', ((1.0, 0.0),)),)"], "schedule.layers names 'conv9'"),
         (["surplus"], "'surplus' is no flag"),
     ],
 )
