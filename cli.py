@@ -1,6 +1,7 @@
 """What the command lines of this project share: reading a config, and ending every mistake in one sentence.
 
-Exit codes: 0 done, 2 a mistake of the user's, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
+Exit codes: 0 done, 2 a mistake of the user's, 130 and 143 stopped by SIGINT and SIGTERM, once training has begun with
+the state saved.
 """
 
 import re
@@ -30,6 +31,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     def guarded(argv):
         try:
+            if len(argv) > 1:
+                raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
             return main(argv)
         except UserError as error:
             _fail(str(error))
@@ -65,6 +68,8 @@ def _parse(argv: list[str]) -> list[str]:
         missing = re.findall(r"flag --(\w+)=None", sentence)
         if missing:
             sentence = f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
+        elif "get_config() takes 0 positional" in sentence:
+            sentence = f"{file} has no variants, so none called {variant!r}."
         elif "before a value for --config" in sentence:
             sentence = "--config=FILE must come before its overrides, --config.FIELD=VALUE."
         _fail(re.sub(r"^flag --", "--", sentence))

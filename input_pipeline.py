@@ -39,6 +39,10 @@ def prepare(
     _tensorflow()
     from datasets import records, sources
 
+    if dataset.startswith("~"):
+        dataset = str(pathlib.Path(dataset).expanduser())
+    data_dir = str(pathlib.Path(data_dir).expanduser())
+
     name = sources.prepared_name(dataset)
     directory = records.directory(data_dir, name, size)
     if not directory.is_dir():

@@ -16,10 +16,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", -1, "The number of this process,
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> int | None:
+def main(_) -> int | None:
     """Sets the platform up and trains."""
-    if len(argv) > 1:
-        raise cli.UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
     # TensorFlow's notices at import, which are nobody's concern here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -140,8 +140,20 @@ def validate(config) -> None:
     for field in ("patience", "reductions"):
         if schedule[field] < 1:
             raise UserError(f"schedule.{field}={schedule[field]} must be at least 1.")
+    if schedule.name == "plateau" and schedule.factors:
+        raise UserError("schedule.factors goes with schedule.name='steps'; 'plateau' lowers the rate by itself.")
+    if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in schedule.layers):
+        raise UserError(
+            f"schedule.layers={schedule.layers} must be (layer, factors) pairs; write one as "
+            f"(('conv1', ((67.0, 0.0),)),), with its commas."
+        )
     for name, factors in [("factors", schedule.factors), *((f"layers[{n!r}]", f) for n, f in schedule.layers)]:
-        epochs = [epoch for epoch, _ in factors]
+        try:
+            epochs = [epoch for epoch, _ in factors]
+        except (TypeError, ValueError):
+            raise UserError(
+                f"schedule.{name}={factors} must be (epoch, factor) pairs; write one as ((30.0, 0.1),), with its comma."
+            ) from None
         if epochs != sorted(epochs) or any(e < 0 or f < 0 for e, f in factors):
             raise UserError(
                 f"schedule.{name}={factors} must be (epoch, factor) pairs in order of the epochs, none negative."

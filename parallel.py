@@ -114,6 +114,11 @@ class Layout:
                 f"--cpu_devices={local + 1} to simulate {local + 1} devices."
             )
         self.size = local * jax.process_count()
+        if devices is None and self.size != jax.device_count():
+            raise UserError(
+                f"This process has {local} devices, but all {jax.process_count()} together have {jax.device_count()}; "
+                f"each must have the same number."
+            )
         if batch_size % self.size:
             below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
             near = f"{below} or {above}" if below else f"{above}"

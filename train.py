@@ -147,7 +147,7 @@ class Run:
 
     def __init__(self, config, workdir: str | pathlib.Path):
         validate(config)
-        self.config, self.workdir = config, pathlib.Path(workdir)
+        self.config, self.workdir = config, pathlib.Path(workdir).expanduser()
         self.layout = parallel.Layout(
             config.parallel.devices_per_network, towers=config.model.towers, batch_size=config.batch_size
         )
@@ -181,7 +181,11 @@ class Run:
             self.plateau, self.evaluated = optimizer.Plateau(**meta["plateau"]), meta["evaluated"]
         else:
             state = jax.device_get(init_state(config, rule))
-            params = flax.traverse_util.flatten_dict(state.params) | taken_over
+            params = flax.traverse_util.flatten_dict(state.params)
+            if taken_over and jax.process_index() == 0:
+                new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
+                print(f"From {config.init_from}: all parameters" + (f" but {', '.join(new)}." if new else "."))
+            params |= taken_over
             state = state.replace(params=flax.traverse_util.unflatten_dict(params))
             self.plateau, self.evaluated = optimizer.Plateau(), 0
         self.step = int(state.step)
@@ -227,14 +231,17 @@ class Run:
             step, arrived, future = self._under_way.popleft()
             values, ready = future.result()
             if not math.isfinite(values["loss"]):
-                rate = self.config.optimizer.learning_rate * self.plateau.rate_factor(self.config.schedule)
-                raise UserError(
-                    f"The loss of step {step} is {values['loss']}, with optimizer.learning_rate={rate:g} before the "
-                    f"schedule. The checkpoints are from before; try a third of the rate, "
-                    f"--config.optimizer.learning_rate={rate / 3:.2g}, in a new workdir."
-                )
+                raise self._diverged(f"The loss of step {step} is {values['loss']}")
             self._meter.add(values, arrived, ready)
             self.recorder.progress(step)
+
+    def _diverged(self, what: str) -> UserError:
+        rate = self.config.optimizer.learning_rate
+        factor = self.plateau.rate_factor(self.config.schedule)
+        return UserError(
+            f"{what}, with optimizer.learning_rate={rate:g}{f' × {factor:g}' if factor < 1 else ''}. Nothing of it was "
+            f"saved; try a third of the rate, --config.optimizer.learning_rate={rate / 3:.2g}, in a new workdir."
+        )
 
     def log(self) -> None:
         """Records the training metrics since the last time."""
@@ -264,7 +271,10 @@ class Run:
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
         error = values["top1_error"]
         best = error < self.plateau.best
-        self.plateau, self.evaluated = self.plateau.after(error, self.config.schedule), self.step
+        if self.durations.eval_every and self.step % self.durations.eval_every == 0:
+            # A last evaluation off the cadence does not count, so that an extended run has the same rates.
+            self.plateau = self.plateau.after(error, self.config.schedule)
+        self.evaluated = self.step
         if best or self.durations.due(self.durations.checkpoint_every, self.step):
             self.save(error)
         self._meter.pause()
@@ -272,6 +282,8 @@ class Run:
     def save(self, error: float | None = None) -> None:
         """Begins to save the present state; `error` is its validation error, if measured."""
         state = self.layout.merge(self.state, self._shapes)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            raise self._diverged(f"Parameters are not finite after step {self.step}")
         meta = {
             "config": workdirs.to_json(self.config),
             "plateau": self.plateau._asdict(),
@@ -344,6 +356,7 @@ class StopSignal:
         if number == signal.SIGINT and self.code:
             raise KeyboardInterrupt
         self.code, self.name = self.CODES[number], signal.Signals(number).name
+        print(f"{self.name}: saving after this step.", file=sys.stderr, flush=True)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -364,29 +377,30 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     Raises:
       UserError: see `Run`; also a loss that is not finite.
     """
-    with Run(config, workdir) as run, StopSignal() as stop:
-        steps = run.durations
-        run.recorder.say(run.greeting())
-        if run.resumed and steps.due(steps.eval_every, run.step) and run.evaluated < run.step:
-            run.evaluate_and_save()  # a signal had come between the step and its evaluation
-        batches = run.train_batches()
-        while run.step < steps.num_steps:
-            run.advance(next(batches))
-            if steps.due(steps.log_every, run.step):
-                run.log()
-            if stop.code:
-                run.settle()
-                run.save()
-                run.checkpoints.wait()
-                run.recorder.say(
-                    f"Stopped by {stop.name}: step {run.step} is saved, and the same command goes on from there."
-                )
-                return stop.code
-            if steps.due(steps.eval_every, run.step):
-                run.evaluate_and_save()
-            elif steps.due(steps.checkpoint_every, run.step):
-                run.settle()
-                run.save()
+    with Run(config, workdir) as run:
+        with StopSignal() as stop:
+            steps = run.durations
+            run.recorder.say(run.greeting())
+            if run.resumed and steps.due(steps.eval_every, run.step) and run.evaluated < run.step:
+                run.evaluate_and_save()  # a signal had come between the step and its evaluation
+            batches = run.train_batches()
+            while run.step < steps.num_steps:
+                run.advance(next(batches))
+                if steps.due(steps.log_every, run.step):
+                    run.log()
+                if stop.code:
+                    run.settle()
+                    run.save()
+                    run.checkpoints.wait()
+                    run.recorder.say(
+                        f"Stopped by {stop.name}: step {run.step} is saved, and the same command goes on from there."
+                    )
+                    return stop.code
+                if steps.due(steps.eval_every, run.step):
+                    run.evaluate_and_save()
+                elif steps.due(steps.checkpoint_every, run.step):
+                    run.settle()
+                    run.save()
         run.finish()
     return 0
 

@@ -84,7 +84,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         name="plateau",  # section 5: divided by 10 when the validation error stopped improving, three times
         patience=3,  # evaluations without a new best; the paper's authors judged by eye
         reductions=3,  # section 5
-        factors=(),  # name='steps': ((epoch, factor of the learning rate), …)
+        factors=(),  # with name='steps': ((epoch, factor of the learning rate), …)
         layers=(),  # the same for single layers: (('conv1', ((epoch, factor), …)), …)
     )
     config.parallel = dict(

@@ -100,10 +100,8 @@ class TowerLayer(nn.Module):
         kernel = self.param("kernel", weights, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.constant(self.bias), (share,), jnp.float32)
         # Each tower's convolution is its own: a grouped one trains three times slower on CPUs (jax issue 13800).
-        kernels = jnp.split(kernel.astype(self.dtype), len(inputs), axis=-1) if len(inputs) > 1 else [kernel]
-        outputs = [
-            self._apply(x.astype(self.dtype), k.astype(self.dtype)) for x, k in zip(inputs, kernels, strict=True)
-        ]
+        kernels = jnp.split(kernel.astype(self.dtype), len(inputs), axis=-1)
+        outputs = [self._apply(x.astype(self.dtype), k) for x, k in zip(inputs, kernels, strict=True)]
         output = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         return output + bias.astype(self.dtype)
 
@@ -129,7 +127,8 @@ class AlexNet(nn.Module):
       towers: 2, or 1 for the paper's one-GPU network.
       exchange: layers whose input is the maps of both towers, of conv2 … fc7; fc8 always joins them.
       without: layers left out, of conv2 … fc7. A convolution takes its ReLU and normalisation with it; its pooling
-        stays, so that the layers above keep their sizes.
+        stays, so that the layers above keep their sizes. An exchange goes with its layer: without conv3, the towers
+        first meet at fc6, unless `exchange` names conv4.
       order: 'paper' (ReLU → LRN → pool) or '2012' (the source's order, with its second, spatial normalisation).
       initial_weights: `model.init` in a config; 'paper' (normal, σ 0.01), '2012' (σ 0.03 in conv3 … conv5), or 'he'
         (σ √(2 / fan-in), biases 0), which is made for inputs of unit variance, see `input.scale`.
@@ -211,7 +210,7 @@ class AlexNet(nn.Module):
             deviation=0.0 if deviations is None else deviations.get(name, 0.01),
             bias=0.0 if deviations is None else float(name in BIASED),
             towers=self.placement,
-            dtype=self.dtype,
+            dtype=jnp.float32 if name == "fc8" else self.dtype,  # bfloat16 logits would often tie
             name=name,
         )(maps)
         return [output] if name == "fc8" else self.placement.split(output)
@@ -298,6 +297,8 @@ class AlexNet(nn.Module):
             value = getattr(self, field)
             if not low <= value <= high:
                 raise UserError(f"model.{field}={value} must lie between {low} and {high}.")
+        if image_size < 11:
+            raise UserError(f"input.crop={image_size} is smaller than the kernels of conv1, 11 pixels; try 224.")
         size = layers.output_size(image_size, 11, 4)
         for _ in range(3):
             if size < self.pool_window:

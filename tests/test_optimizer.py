@@ -101,7 +101,10 @@ def test_adam_moves_every_parameter_by_its_rate():
         ({"optimizer.momentum": 1.0}, "optimizer.momentum"),
         ({"schedule.name": "plato"}, "did you mean plateau"),
         ({"schedule.patience": 0}, "schedule.patience"),
-        ({"schedule.factors": ((5.0, 0.1), (2.0, 0.01))}, "in order of the epochs"),
+        ({"schedule.name": "steps", "schedule.factors": ((5.0, 0.1), (2.0, 0.01))}, "in order of the epochs"),
+        ({"schedule.name": "steps", "schedule.factors": (30.0, 0.1)}, "with its comma"),
+        ({"schedule.factors": ((5.0, 0.1),)}, "goes with schedule.name='steps'"),
+        ({"schedule.layers": ("conv1", ((5.0, 0.1),))}, "with its commas"),
         ({"schedule.layers": (("conv1", ((-1.0, 0.1),)),)}, "schedule.layers"),
     ],
 )

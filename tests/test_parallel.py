@@ -14,11 +14,12 @@ from errors import UserError
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
 
 
-def run(config, layout, steps):
+def run(config, layout, steps, mean_image=None):
     """Trains from the seed; returns the losses, the merged state, and the sharded one."""
     rates = optimizer.Rates(config.optimizer, config.schedule, 5.0)
     rule = optimizer.build(config.optimizer, rates)
-    step = train.build_step(config, layout, rule, recipes.mean_image())
+    mean_image = recipes.mean_image() if mean_image is None else mean_image
+    step = train.build_step(config, layout, rule, mean_image)
     state = layout.shard(jax.device_get(train.init_state(config, rule)))
     losses = []
     for i in range(steps):
@@ -55,6 +56,16 @@ def test_layouts_agree(alone, name):
             for tower in range(LAYOUTS[name][1]):
                 replica = parts[network * LAYOUTS[name][1] + tower]
                 np.testing.assert_array_equal(replica, parts[tower], err_msg="replicas drifted apart")
+
+
+@pytest.mark.slow
+def test_full_width_layouts_agree():
+    """The paper's own network, 224×224 and 1000 classes: three steps on one device and on two."""
+    config = recipes.narrow(width=1.0, num_classes=1000)
+    config.batch_size = 8
+    config.input.update(resize=256, crop=224)
+    seen = [run(config, make_layout(name), 3, recipes.mean_image(256))[0] for name in ("one device", "towers")]
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
 
 
 def test_each_device_holds_one_tower(alone):
