@@ -170,6 +170,11 @@ def lock(data_dir: str | pathlib.Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"Another process prepares {name}; waiting for it.", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} is on a file system without locks ({error.strerror}); prepare on a local disk, "
+                f"and copy its prepared/ there."
+            ) from None
         yield
 
 

@@ -129,6 +129,9 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
     for split in listed:
         if not listed[split]:
             raise UserError(f"{root / split} holds no image files ({' '.join(IMAGE_SUFFIXES)}).")
+    if empty := set(range(len(names))) - {label for _, label in listed[train_split]}:
+        folder = root / train_split / names[min(empty)]
+        raise UserError(f"{folder} holds no image files ({' '.join(IMAGE_SUFFIXES)}), so its class cannot be learned.")
     counts = {split: len(found) for split, found in listed.items()}
     return Source(printable(str(root.resolve())), tuple(names), counts, files)
 
