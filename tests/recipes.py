@@ -31,7 +31,7 @@ def batch(config, step):
     count, size = config.batch_size, config.input.crop
     label = random.integers(0, config.model.num_classes, count).astype(np.int32)
     image = random.integers(0, 256, (count, size, size, 3)).astype(np.uint8)
-    image[:, : size // 2] //= (1 + label)[:, None, None, None].astype(np.uint8)
+    image[:, : size // 2] //= (1 + label % 7)[:, None, None, None].astype(np.uint8)
     return {
         "image": image,
         "label": label,

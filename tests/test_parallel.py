@@ -64,7 +64,11 @@ def test_full_width_layouts_agree():
     config = recipes.narrow(width=1.0, num_classes=1000)
     config.batch_size = 8
     config.input.update(resize=256, crop=224)
+    config.optimizer.learning_rate = (
+        0.001  # at 0.02 the loss overshoots to 10, where rounding errors grow a hundredfold
+    )
     seen = [run(config, make_layout(name), 3, recipes.mean_image(256))[0] for name in ("one device", "towers")]
+    assert seen[0][-1] != pytest.approx(seen[0][0], rel=1e-3)
     np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
 
 
