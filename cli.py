@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from errors import UserError, nearest
@@ -30,6 +30,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main(argv)`, and turns a `UserError` into one sentence and exit code 2."""
 
     def guarded(argv):
+        logging.set_verbosity(logging.ERROR)  # libraries' notices are not for the user of a command
         try:
             if len(argv) > 1:
                 raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 import cli
 
@@ -29,7 +29,6 @@ def main(_) -> int | None:
     import parallel
 
     parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    logging.set_verbosity(logging.ERROR)
     import train
 
     return train.train(CONFIG.value, WORKDIR.value)
