@@ -81,7 +81,7 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     file = io.BytesIO()
     if size > LOSSLESS_UP_TO:
-        # Colour at half resolution, as nearly all photographs come: it decodes a third faster than full colour.
+        # Colour at half resolution, as nearly all photographs come: it decodes faster than full colour.
         image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
     else:
         image.save(file, "PNG")
