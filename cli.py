@@ -14,29 +14,38 @@ from collections.abc import Callable, Iterator, Mapping
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from errors import UserError, nearest
+from errors import UserError, fail, nearest, shortened, shown
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, not its sentence alone.")
 
 
 def define_config() -> flags.FlagHolder:
     """Defines `--config=FILE[:VARIANT]` with overrides `--config.FIELD=VALUE`; fields can be changed, not added."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "The recipe, as configs/alexnet.py or configs/alexnet.py:one_gpu."
-    )
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", None, "The recipe, as configs/alexnet.py or configs/alexnet.py:one_gpu."
+        )
+    except (flags.Error, ValueError) as error:
+        _fail(f"--flagfile cannot be read: {error}")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main(argv)`, and turns a `UserError` into one sentence and exit code 2."""
 
     def guarded(argv):
-        logging.set_verbosity(logging.ERROR)  # libraries' notices are not for the user of a command
+        if not DEBUG.value:  # libraries' notices, and their threads' tracebacks, are not for the user of a command
+            logging.set_verbosity(logging.FATAL)
+            sys.unraisablehook = _only_ours
         try:
             if len(argv) > 1:
                 raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
             return main(argv)
         except UserError as error:
             _fail(str(error))
+        except OSError as error:
+            if error.errno is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 
@@ -46,34 +55,70 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def _fail(sentence: str):
     if (flags.FLAGS.is_parsed() and DEBUG.value) or "--debug" in sys.argv:
         traceback.print_exc()
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sentence = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in sentence)
+    fail(sentence)
+
+
+def _only_ours(unraisable):
+    """Prints an error, unless it is TensorStore's, from threads that outlive a checkpoint that could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; says what is wrong with a config or an override, where ml_collections gives a traceback."""
-    file, _, variant = _config_flag(argv).partition(":")
+    """Parses flags; whatever is wrong with one of them, or with the config's file, ends in a sentence."""
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
-            flags.FLAGS["config"].value  # noqa: B018 -- reading it raises what went wrong in loading
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            _check_config(flags.FLAGS["config"])
         return rest
-    except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"--config={file} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}")
-    except (AttributeError, KeyError):
-        _fail(_unknown_field(argv, file, variant) or traceback.format_exc())
-    except flags.Error as error:
-        sentence = " ".join(str(error).split())
-        missing = re.findall(r"flag --(\w+)=None", sentence)
-        if missing:
-            sentence = f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
-        elif "get_config() takes 0 positional" in sentence:
-            sentence = f"{file} has no variants, so none called {variant!r}."
-        elif "before a value for --config" in sentence:
-            sentence = "--config=FILE must come before its overrides, --config.FIELD=VALUE."
-        _fail(re.sub(r"^flag --", "--", sentence))
+    except Exception as error:
+        _fail(_explained(error, argv))
+
+
+def _check_config(flag: flags.Flag) -> None:
+    """Refuses what no `ConfigDict` came of, and whole sections from the command line."""
+    if not hasattr(flag.value, "to_dict"):  # which raises what went wrong in opening the file
+        raise UserError(f"--config={flag.config_filename}: get_config() returns no ConfigDict: {shown(flag.value)}.")
+    for field, value in config_flags.get_override_values(flag).items():
+        if hasattr(value, "to_dict"):
+            raise UserError(f"--config.{field} is a section; give its fields, as --config.{field}.NAME=….")
+
+
+def _explained(error: Exception, argv: list[str]) -> str:
+    """The sentence on an error in parsing `argv`; absl and ml_collections raise anything."""
+    file, _, variant = _config_flag(argv).partition(":")
+    message = shortened(" ".join(str(error).split()))
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = str(error).rpartition("failure to load: ")[2].strip().splitlines()[-1]
+        return f"--config={file} cannot be loaded: {reason.strip()}"
+    if in_file := _mistake_in(file, error):
+        return f"--config={file} cannot be loaded: {in_file}"
+    if not isinstance(error, flags.Error):
+        being_parsed = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [f"--{flag.name} cannot be read: " for flag in being_parsed if isinstance(flag, flags.Flag)]
+        return _unknown_field(argv, file, variant) or f"{names[-1] if names else ''}{message or type(error).__name__}"
+    if missing := re.findall(r"flag --(\w+)=None", message):
+        return f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
+    if "get_config() takes 0 positional" in message:
+        return f"{file} has no variants, so none called {variant!r}."
+    if "before a value for --config" in message:
+        return "--config=FILE must come before its overrides, --config.FIELD=VALUE."
+    return re.sub(r"^flag --", "--", message)
+
+
+def _mistake_in(file: str, error: BaseException | None) -> str | None:
+    """What went wrong in the config's own code, if it was there, with the line."""
+    while error:
+        message = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
+        if isinstance(error, SyntaxError) and error.filename == file:
+            return message
+        if lines := [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]:
+            return f"{message} (line {lines[-1]})"
+        error = error.__context__
+    return None
 
 
 def _config_flag(argv: list[str]) -> str:
@@ -86,12 +131,15 @@ def _config_flag(argv: list[str]) -> str:
 
 def _unknown_field(argv: list[str], file: str, variant: str) -> str | None:
     """The sentence on the first override in `argv` whose field is not in the config."""
-    known = list(field_names(runpy.run_path(file)["get_config"](*[variant] * bool(variant))))
+    try:
+        known = list(field_names(runpy.run_path(file)["get_config"](*[variant] * bool(variant))))
+    except Exception:  # whatever it is, it is not the field
+        return None
     for argument in argv:
-        if (match := re.match(r"--?config\.([^=\[]+)", argument)) and match[1] not in known:
+        if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument)) and match[1] not in known:
             section, _, _ = match[1].rpartition(".")
             near = [field for field in known if section and field.startswith(section + ".")] or known
-            return f"{file} has no field {match[1]!r}; {nearest(match[1], near)}"
+            return f"{file} has no field {shown(match[1])}; {nearest(match[1], near)}"
     return None
 
 

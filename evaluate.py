@@ -3,8 +3,9 @@
 The devices get whole records and cut the views themselves, so each image crosses to them once.
 """
 
+import collections
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,14 @@ import numpy as np
 from parallel import Layout, first
 
 VIEWS = ("centre", "ten")
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and all processes of the run have agreed on it; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 def center(image: Any, size: int) -> Any:
@@ -42,8 +51,9 @@ def build(network, layout: Layout, mean_image: np.ndarray, input: Any, views: st
       views: 'centre', or 'ten' for the mean of the softmax over corners, centre and their reflections.
 
     Returns:
-      A function of (sharded parameters, sharded batch) giving sums over the real examples of the global batch: 'loss',
-      'top1' and 'top5' (errors), 'examples', and per class 'class_examples' and 'class_errors'.
+      A function of (sharded parameters, sharded batch, stop) giving sums over the real examples of the global batch:
+      'loss', 'top1' and 'top5' (errors), 'examples', and per class 'class_examples' and 'class_errors'; and 'stop', the
+      largest of the processes' numbers of that name.
     """
     crop = input.crop
     mean = center(mean_image, crop)
@@ -55,7 +65,7 @@ def build(network, layout: Layout, mean_image: np.ndarray, input: Any, views: st
         sides = (view, view[:, :, ::-1]) if views == "ten" else (view,)
         return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
 
-    def step(params, batch):
+    def step(params, batch, stop):
         batch = layout.gather_rows(batch)
         # View after view: all ten at once would need ten times the memory.
         softmax = jax.lax.map(functools.partial(probabilities, params, batch["image"]), places).mean(0)
@@ -75,24 +85,42 @@ def build(network, layout: Layout, mean_image: np.ndarray, input: Any, views: st
             "class_examples": mask @ label,
             "class_errors": wrong @ label,
         }
-        return layout.sum(sums)
+        return layout.sum(sums) | {"stop": layout.largest(stop)}
 
-    return layout.map(step)
+    return layout.map(step, broadcast=(2,))
 
 
-def run(step, params: Any, batches: Iterable[Any], layout: Layout) -> dict[str, float]:
+def run(
+    step, params: Any, batches: Iterable[Any], layout: Layout, stop: Callable[[], int] = lambda: 0
+) -> dict[str, float]:
     """Evaluates all batches and divides once.
 
     Args:
       step: what `build` returned.
       params: sharded parameters.
       batches: host batches with 'image', 'label' and 'mask'.
+      stop: asked before each batch for an exit code; one that is not 0 in any process ends the evaluation in all.
 
     Returns:
       'loss' (nats an example), 'top1_error', 'top5_error' and 'mean_class_accuracy' (over classes that have examples).
+
+    Raises:
+      Stopped: as `stop` asked.
     """
-    sums = [step(params, batch) for batch in layout.prefetch(batches)]
-    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *map(first, sums))
+    total, under_way = {}, collections.deque()
+
+    def take_in(at_most):
+        # Never far behind: batches that wait on the devices would fill their memory.
+        while len(under_way) > at_most:
+            for name, value in first(under_way.popleft()).items():
+                total[name] = total.get(name, 0) + value.astype(np.float64)
+
+    for batch in layout.prefetch(batches):
+        under_way.append(step(params, batch, np.float32(stop())))
+        take_in(at_most=1)
+        if total.get("stop"):
+            raise Stopped(int(total["stop"]))
+    take_in(at_most=0)
     examples, seen = total["examples"], total["class_examples"] > 0
     accuracy = 1 - total["class_errors"][seen] / total["class_examples"][seen]
     return {

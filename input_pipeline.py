@@ -9,18 +9,20 @@ over, and a process reads its own rows only.
 Importing this module does not import TensorFlow; opening records does.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from errors import UserError, nearest
+from errors import UserError, check_name, check_ranges, nearest, shortened, shown
 
 Batch = dict[str, np.ndarray]
 
@@ -39,18 +41,25 @@ def prepare(
     _tensorflow()
     from datasets import records, sources
 
-    if dataset.startswith("~"):
-        dataset = str(pathlib.Path(dataset).expanduser())
-    data_dir = str(pathlib.Path(data_dir).expanduser())
+    try:
+        if dataset.startswith("~"):
+            dataset = str(pathlib.Path(dataset).expanduser())
+        data_dir, manual_dir = (str(pathlib.Path(path).expanduser()) if path else "" for path in (data_dir, manual_dir))
+    except RuntimeError as error:
+        raise UserError(f"{dataset}, {data_dir}: {error}") from None
 
     name = sources.prepared_name(dataset)
     directory = records.directory(data_dir, name, size)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # noqa: PTH112 -- a Path raises where it may not look
         with records.lock(data_dir, name):
             if not directory.is_dir():  # another process may have prepared it meanwhile
                 source = sources.open_source(dataset, data_dir, manual_dir, train_split)
                 count = sum(source.counts.values())
                 print(f"Preparing {count:,} images of {source.origin} in {directory}, once.", flush=True)
+                if others := sum(source.passed_over.values()):
+                    print(
+                        f"passed over: {others:,} files with other suffixes ({', '.join(sorted(source.passed_over))})"
+                    )
                 records.prepare(
                     source,
                     name=name,
@@ -60,7 +69,7 @@ def prepare(
                     allow_unreadable=allow_unreadable,
                     max_pixels=max_pixels,
                 )
-    summary = json.loads((directory / "prepared.json").read_text())
+    summary = read_summary(directory)
     origin = summary["origin"]
     if sources.is_folder(dataset):  # which may be gone since
         same = origin == sources.printable(str(pathlib.Path(dataset).resolve()))
@@ -77,6 +86,60 @@ def prepare(
             f"delete it to prepare it again."
         )
     return directory
+
+
+def read_summary(directory: pathlib.Path) -> dict[str, Any]:
+    """What `datasets.records.prepare` noted in prepared.json of a prepared set.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    file = directory / "prepared.json"
+    with _damage(file, directory):
+        # Sets prepared by earlier versions say nothing of overlaps.
+        summary = {"overlap": {}, "overlap_as": {}} | json.loads(file.read_text(encoding="utf-8"))
+        texts = [summary["origin"], summary["train_split"]]
+        texts += [item[key] for item in summary["unreadable"] for key in ("file", "reason")]
+        texts += [name for pairs in summary["overlap_as"].values() for one, other in pairs for name in (one, other)]
+        counts = [*summary["examples"].values(), *summary["overlap"].values()]
+        typed = all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
+        if not typed or summary["overlap"].keys() != summary["overlap_as"].keys():
+            raise TypeError("a field has another type")
+        return summary
+
+
+def overlap_warnings(directory: pathlib.Path) -> dict[tuple[str, str], str]:
+    """By (split, training split): a sentence for each split of a prepared set that shares images with training."""
+    summary = read_summary(directory)
+    sentences = {}
+    for pair, count in summary["overlap"].items():
+        split, _, train = pair.partition("/")
+        named = "".join(f"{one} is {other}, " for one, other in summary["overlap_as"][pair])
+        named = named + "…" if count > len(summary["overlap_as"][pair]) else named.removesuffix(", ")
+        sentences[split, train] = (
+            f"warning: {count:,} images of {split!r} are also in {train!r} ({named}): errors measured on it will look "
+            f"too low."
+        )
+    return sentences
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path, directory: pathlib.Path) -> Iterator[None]:
+    """Makes one sentence of whatever goes wrong in reading `path` of the prepared set in `directory`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the readers of JSON, NumPy's and TFDS's files raise anything on damaged ones
+        text = " ".join(str(error).split())
+        reason = f"no {text}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or text
+        raise UserError(
+            f"{path} cannot be used ({shortened(reason or type(error).__name__)}); {_cure(directory)}"
+        ) from error
+
+
+def _cure(directory: pathlib.Path) -> str:
+    return f"delete {directory.parent} and prepare the data set again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +163,27 @@ class Records:
     @classmethod
     def open(cls, directory: pathlib.Path) -> "Records":
         """Opens the folder that `prepare` returned."""
-        builder = _builder(directory)
-        with np.load(directory / "statistics.npz", allow_pickle=False) as statistics:
-            return cls(directory, tuple(builder.info.features["label"].names), **statistics)
+        examples = read_summary(directory)["examples"]
+        with _damage(directory, directory):
+            info = _builder(directory).info
+            if (found := {split: part.num_examples for split, part in info.splits.items()}) != examples:
+                raise ValueError(f"it has {found} examples, where {examples} were prepared")
+            names, size = tuple(info.features["label"].names), info.features["image"].shape[0]
+            # Where the file of names is damaged, TFDS makes some up.
+            lines = (directory / "label.labels.txt").read_text(encoding="utf-8").split("\n")
+            classes = _features(directory)["label"]["classLabel"]["numClasses"]
+            if not len(names) == sum(bool(line.strip()) for line in lines) == int(classes):
+                raise ValueError(f"label.labels.txt does not name its {classes} classes")
+        file = directory / "statistics.npz"
+        with _damage(file, directory):
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as statistics:  # pickles can run code
+                arrays = dict(statistics)
+            shapes = {"mean_image": (size, size, 3), "principal_std": (3,), "principal_components": (3, 3)}
+            for name, shape in shapes.items():
+                array = arrays[name]
+                if (array.shape, array.dtype) != (shape, np.float32) or not np.isfinite(array).all():
+                    raise ValueError(f"{name} is not {shape} finite float32 numbers")
+        return cls(directory, names, **{name: arrays[name] for name in shapes})
 
     @property
     def num_classes(self) -> int:
@@ -124,8 +205,11 @@ class Records:
         files = tuple(self.directory / pathlib.Path(part.filename).name for part in instructions)
         rows = []
         for number, (file, part) in enumerate(zip(files, instructions, strict=True)):
-            stop = None if part.take < 0 else part.skip + part.take
-            rows.append(np.insert(_scan(file)[part.skip : stop], 0, number, axis=1))
+            with _damage(file, self.directory):
+                found = _scan(file)
+                if len(found) != part.examples_in_shard:
+                    raise ValueError(f"it has {len(found):,} records, not {part.examples_in_shard:,}")
+            rows.append(np.insert(found[part.skip : part.skip + part.take], 0, number, axis=1))
         return Index(files, np.concatenate(rows))
 
 
@@ -136,33 +220,80 @@ def open_records(dataset: Any, input: Any) -> Records:
       UserError: the set is not there or has not these splits, or a field cannot work.
     """
     validate(input)
-    directory = prepare(
-        dataset.name,
-        data_dir=dataset.data_dir,
-        size=input.resize,
-        train_split=dataset.train_split.partition("[")[0],
-        allow_unreadable=dataset.allow_unreadable,
-        max_pixels=dataset.max_pixels,
-    )
+    validate_dataset(dataset)
+    try:
+        directory = prepare(
+            dataset.name,
+            data_dir=dataset.data_dir,
+            size=input.resize,
+            train_split=dataset.train_split.partition("[")[0],
+            allow_unreadable=dataset.allow_unreadable,
+            max_pixels=dataset.max_pixels,
+        )
+    except UserError as error:
+        fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
+        raise UserError(f"{', '.join(fields)}: {error}") from error
     records = Records.open(directory)
-    for split in (dataset.train_split, dataset.eval_split):
-        records.num_examples(split)
+    for field in ("train_split", "eval_split"):
+        try:
+            records.num_examples(dataset[field])
+        except UserError as error:
+            raise UserError(f"dataset.{field}: {error}") from error
+    for warning in _overlaps(records, dataset.train_split, dataset.eval_split):
+        print(warning, file=sys.stderr, flush=True)
     return records
+
+
+def _overlaps(records: Records, train_split: str, eval_split: str) -> Iterator[str]:
+    """Warnings of images on which a run both trains and is evaluated, by their place in the files and by content."""
+
+    def chosen(split):
+        masks = {}
+        for part in _split(records, split).file_instructions:
+            mask = masks.setdefault(part.filename, np.zeros(part.examples_in_shard, bool))
+            mask[part.skip : part.skip + part.take] = True
+        return masks
+
+    train, evaluation = chosen(train_split), chosen(eval_split)
+    if shared := sum((train[file] & evaluation[file]).sum() for file in train.keys() & evaluation.keys()):
+        yield (
+            f"warning: {shared:,} images of eval_split={eval_split!r} are also in train_split={train_split!r}: errors "
+            f"measured on it will look too low."
+        )
+    for (split, trained), sentence in overlap_warnings(records.directory).items():
+        if chosen(split).keys() & evaluation.keys() and chosen(trained).keys() & train.keys():
+            yield sentence
 
 
 def validate(input: Any) -> None:
     """Refuses values of a config's `input` section that cannot work; raises `UserError`."""
-    if not 8 <= input.resize <= 4096:
-        raise UserError(f"input.resize={input.resize} must lie between 8 and 4096 pixels.")
+    bounds = {
+        "resize": (8, 4096),  # pixels
+        "scale": (1e-6, 1e6),
+        "lighting_std": (0, 100),
+        "lighting_until": (0, 1e6),
+        "threads": (0, 1024),
+    }
+    check_ranges(input, bounds, "input.")
     if not 1 <= input.crop <= input.resize:
-        raise UserError(f"input.crop={input.crop} must lie between 1 and input.resize={input.resize}.")
-    if input.lighting_scale not in ("std", "variance"):
-        raise UserError(f"input.lighting_scale={input.lighting_scale!r} must be 'std' or 'variance'.")
-    if not 0 < input.scale <= 1e6:
-        raise UserError(f"input.scale={input.scale} must be above 0, and at most 1e6.")
-    for field, high in (("lighting_std", 100), ("lighting_until", 1e6), ("threads", 1024)):
-        if not 0 <= input[field] <= high:
-            raise UserError(f"input.{field}={input[field]} must lie between 0 and {high}.")
+        raise UserError(f"input.crop={shown(input.crop)} must lie between 1 and input.resize={input.resize}.")
+    check_name("input.lighting_scale", input.lighting_scale, ("std", "variance"))
+
+
+def validate_dataset(dataset: Any) -> None:
+    """Refuses values of a config's `dataset` section that cannot work; raises `UserError`."""
+    check_ranges(dataset, {"allow_unreadable": (0, 1 << 40), "max_pixels": (1, 1 << 40)}, "dataset.")
+    for field in ("name", "data_dir", "train_split", "eval_split"):
+        if not dataset[field].strip() or "\0" in dataset[field]:
+            raise UserError(f"dataset.{field}={shown(dataset[field])} is empty, or no name.")
+    for field in ("name", "data_dir"):
+        try:
+            pathlib.Path(dataset[field]).expanduser().exists()
+            if field == "data_dir":
+                dataset.data_dir.encode()  # TensorFlow's paths are UTF-8
+        except (OSError, RuntimeError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"dataset.{field}={shown(dataset[field])} cannot be a path: {reason}.") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +389,7 @@ def train_batches(
         tf.TensorSpec([rows], tf.float32),
     )
     stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records.directory)
+    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records)
 
 
 def eval_batches(
@@ -299,7 +430,7 @@ def eval_batches(
 
     signature = (tf.TensorSpec([rows], tf.string), tf.TensorSpec([rows], tf.float32))
     stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records.directory)
+    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records)
 
 
 # Everything that is random.
@@ -352,6 +483,7 @@ def _tensorflow():
     """Imports TensorFlow, which costs seconds and, where there is a GPU, would take its memory."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use here, and it announces itself
+    os.environ.setdefault("KERAS_HOME", os.devnull)  # TensorFlow imports Keras, which would write ~/.keras/keras.json
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -362,7 +494,7 @@ def _threads(num_threads: int | None) -> int:
     return num_threads or os.cpu_count() or 1
 
 
-def _batches(examples, rows: int, num_threads: int | None, directory: pathlib.Path) -> Iterator[Batch]:
+def _batches(examples, rows: int, num_threads: int | None, records: Records) -> Iterator[Batch]:
     """Batches a tf.data stream of examples in order, a few batches ahead of their use."""
     tf = _tensorflow()
     # Found now, for at exit the module may be gone before the generator. Where TensorFlow's message quotes the damaged
@@ -372,21 +504,32 @@ def _batches(examples, rows: int, num_threads: int | None, directory: pathlib.Pa
     options.deterministic = True
     options.threading.private_threadpool_size = _threads(num_threads)
     batches = examples.batch(rows, drop_remainder=True).with_options(options).prefetch(2)
+    classes = set(range(records.num_classes))
     try:
-        yield from batches.as_numpy_iterator()
+        for batch in batches.as_numpy_iterator():
+            if strange := set(batch["label"].tolist()) - classes:
+                raise UserError(
+                    f"A record of {records.directory} has the label {min(strange)}, and the classes are 0 … "
+                    f"{records.num_classes - 1}; {_cure(records.directory)}"
+                )
+            yield batch
     except damaged as error:
-        raise UserError(
-            f"A record of {directory} cannot be decoded; delete {directory.parent} and prepare the data set again."
-        ) from error
+        raise UserError(f"A record of {records.directory} is damaged; {_cure(records.directory)}") from error
 
 
 def _parse(serialized):
-    """(encoded image, label) of a serialised example."""
+    """(encoded image, label) of a serialised example; of one that has changed, an image that cannot be decoded."""
     import tensorflow as tf
 
-    features = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+    from datasets.records import fingerprint
+
+    number = functools.partial(tf.io.FixedLenFeature, [], tf.int64)
+    # Sets prepared by earlier versions have no fingerprints.
+    features = {"image": tf.io.FixedLenFeature([], tf.string), "label": number(), "fingerprint": number(-1)}
     example = tf.io.parse_single_example(serialized, features)
-    return example["image"], tf.cast(example["label"], tf.int32)
+    image, label, expected = example["image"], example["label"], example["fingerprint"]
+    sound = (expected < 0) | (expected == fingerprint(label, image))
+    return tf.where(sound, image, ""), tf.cast(label, tf.int32)
 
 
 def _decode(encoded, size: int, window=None):
@@ -417,12 +560,25 @@ def _decode(encoded, size: int, window=None):
 @functools.lru_cache(maxsize=8)
 def _builder(directory: pathlib.Path):
     _tensorflow()
-    import tensorflow_datasets as tfds
-
     from datasets.progress import quiet
+    from datasets.sources import tensorflow_datasets
 
+    _features(directory)
     with quiet():
-        return tfds.builder_from_directory(directory)
+        return tensorflow_datasets().builder_from_directory(directory)
+
+
+def _features(directory: pathlib.Path) -> dict[str, Any]:
+    """What features.json says; TFDS would import whatever modules it names, and so run code of whoever wrote it."""
+
+    def known(item):
+        for key in ("type", "pythonClassName", "python_class_name"):
+            if not str(item.get(key, "tensorflow_datasets.")).startswith("tensorflow_datasets."):
+                raise ValueError(f"a feature is of the class {item[key]}")
+        return item
+
+    content = json.loads((directory / "features.json").read_text(encoding="utf-8"), object_hook=known)
+    return content["featuresDict"]["features"]
 
 
 def _split(records: Records, split: str):
@@ -448,7 +604,7 @@ def _scan(file: pathlib.Path) -> np.ndarray:
         while at < end:
             length = int.from_bytes(os.pread(data.fileno(), 8, at), "little")
             if at + length + 16 > end:
-                raise UserError(f"{file} is cut short; delete {file.parent.parent} and prepare the data set again.")
+                raise UserError(f"{file} is cut short; {_cure(file.parent)}")
             found.append((at + 12, length))
             at += length + 16
     return np.array(found, np.int64).reshape(-1, 2)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -41,6 +42,14 @@ class Meter:
         """Ends a timed stretch."""
         self._previous = None
 
+    def state(self) -> dict[str, Any]:
+        """The sums since the last reading, in JSON's types; times are not kept."""
+        return {"sums": dict(self._sums), "steps": self._steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on with sums that `state` gave."""
+        self._sums, self._steps = dict(state["sums"]), state["steps"]
+
     def read(self) -> dict[str, float]:
         """The means since the last reading, under `train/`; rates are left out where no step was timed."""
         values = {f"train/{name}": total / self._steps for name, total in self._sums.items()}
@@ -56,20 +65,24 @@ class Recorder:
 
     Args:
       workdir: folder of the run.
-      step: the step from which the run goes on; later lines of metrics.jsonl, written before a crash, are dropped, for
-        they will be written again.
+      step, evaluated: the step from which the run goes on, and that of its last evaluation; later lines of
+        metrics.jsonl, written before a crash, are dropped, for they will be written again.
       num_steps: the step at which the run ends.
       active: False in all processes but the first, which then write nothing.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int, active: bool = True):
+    def __init__(self, workdir: pathlib.Path, step: int, evaluated: int, num_steps: int, active: bool = True):
         self._active = active
         if not active:
             return
         from clu import metric_writers  # imports TensorFlow
 
         self._path = workdir / "metrics.jsonl"
-        lines = [line for line in read_lines(self._path) if line["step"] <= step]
+        lines = [
+            line
+            for line in read_lines(self._path)
+            if line["step"] <= (evaluated if any(name.startswith("eval/") for name in line) else step)
+        ]
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         partial.replace(self._path)

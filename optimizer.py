@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from errors import UserError, nearest
+from errors import UserError, check_name, check_ranges, nearest, shown
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("steps", "plateau")
@@ -56,7 +56,8 @@ class Rates:
 
 
 def _steps(factors, steps_per_epoch: float) -> tuple[tuple[int, float], ...]:
-    return tuple((round(epoch * steps_per_epoch), float(factor)) for epoch, factor in factors)
+    # Beyond what an int32 counts no step comes.
+    return tuple((min(round(epoch * steps_per_epoch), (1 << 31) - 1), float(factor)) for epoch, factor in factors)
 
 
 def _value(pieces, step, before):
@@ -125,36 +126,43 @@ class Plateau(NamedTuple):
 def validate(config) -> None:
     """Refuses values of the `optimizer` and `schedule` sections that cannot work; raises `UserError`."""
     optimizer, schedule = config.optimizer, config.schedule
-    if optimizer.name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name={optimizer.name!r} is not known: {nearest(optimizer.name, OPTIMIZERS)}")
-    if schedule.name not in SCHEDULES:
-        raise UserError(f"schedule.name={schedule.name!r} is not known: {nearest(schedule.name, SCHEDULES)}")
-    for field, low, high in (
-        ("learning_rate", 0, 1e3),
-        ("momentum", 0, 0.9999),
-        ("weight_decay", 0, 1e3),
-        ("bias_rate", 0, 1e3),
-    ):
-        if not low <= optimizer[field] <= high:
-            raise UserError(f"optimizer.{field}={optimizer[field]} must lie between {low} and {high}.")
-    for field in ("patience", "reductions"):
-        if schedule[field] < 1:
-            raise UserError(f"schedule.{field}={schedule[field]} must be at least 1.")
+    check_name("optimizer.name", optimizer.name, OPTIMIZERS)
+    check_name("schedule.name", schedule.name, SCHEDULES)
+    rates = {"learning_rate": (0, 1e3), "momentum": (0, 0.9999), "weight_decay": (0, 1e3), "bias_rate": (0, 1e3)}
+    check_ranges(optimizer, rates, "optimizer.")
+    check_ranges(schedule, {"patience": (1, 1_000_000), "reductions": (1, 1_000_000)}, "schedule.")
     if schedule.name == "plateau" and schedule.factors:
         raise UserError("schedule.factors goes with schedule.name='steps'; 'plateau' lowers the rate by itself.")
-    if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in schedule.layers):
+    if schedule.name == "plateau" and not (config.eval_every.epochs or config.eval_every.steps):
         raise UserError(
-            f"schedule.layers={schedule.layers} must be (layer, factors) pairs; write one as "
+            "eval_every.epochs and eval_every.steps are both 0, so that no evaluation would ever lower the rate; give "
+            "one of them, or take schedule.name='steps'."
+        )
+    if not all(_pair(pair) and isinstance(pair[0], str) for pair in schedule.layers):
+        raise UserError(
+            f"schedule.layers={shown(schedule.layers)} must be (layer, factors) pairs; write one as "
             f"(('conv1', ((67.0, 0.0),)),), with its commas."
         )
-    for name, factors in [("factors", schedule.factors), *((f"layers[{n!r}]", f) for n, f in schedule.layers)]:
-        try:
-            epochs = [epoch for epoch, _ in factors]
-        except (TypeError, ValueError):
+    layers = [name for name, _ in schedule.layers]
+    if len(layers) != len(set(layers)):
+        raise UserError(f"schedule.layers={shown(schedule.layers)} names a layer twice.")
+    for name, factors in [("factors", schedule.factors), *((f"layers[{shown(n)}]", f) for n, f in schedule.layers)]:
+        if not (isinstance(factors, list | tuple) and all(_pair(f) and all(map(_number, f)) for f in factors)):
             raise UserError(
-                f"schedule.{name}={factors} must be (epoch, factor) pairs; write one as ((30.0, 0.1),), with its comma."
-            ) from None
-        if epochs != sorted(epochs) or any(e < 0 or f < 0 for e, f in factors):
-            raise UserError(
-                f"schedule.{name}={factors} must be (epoch, factor) pairs in order of the epochs, none negative."
+                f"schedule.{name}={shown(factors)} must be (epoch, factor) pairs; write one as ((30.0, 0.1),), with "
+                f"its comma."
             )
+        epochs = [epoch for epoch, _ in factors]
+        if epochs != sorted(epochs) or not all(0 <= e <= 1e6 and 0 <= f <= 1e3 for e, f in factors):
+            raise UserError(
+                f"schedule.{name}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, which lie "
+                f"between 0 and 1e6, the factors between 0 and 1e3."
+            )
+
+
+def _pair(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

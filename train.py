@@ -2,7 +2,10 @@
 
 import collections
 import dataclasses
+import functools
+import json
 import math
+import os
 import pathlib
 import signal
 import sys
@@ -25,7 +28,8 @@ import models
 import optimizer
 import parallel
 import workdirs
-from errors import UserError
+from configs import alexnet
+from errors import UserError, check_ranges, check_type, nearest, shown
 
 
 @flax.struct.dataclass
@@ -35,6 +39,10 @@ class State:
     step: Any
     params: Any
     opt_state: Any
+
+
+# Updates are counted in an int32.
+MAX_STEPS = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +57,27 @@ class Durations:
 
     @classmethod
     def of(cls, config, num_examples: int) -> "Durations":
-        """Converts the epochs of `config` for a training split of `num_examples`."""
+        """Converts the epochs of `config` for a training split of `num_examples`.
+
+        Raises:
+          UserError: more steps than can be counted.
+        """
         steps_per_epoch = num_examples / config.batch_size
 
-        def every(duration):
-            if duration.steps:
-                return duration.steps
-            return max(1, round(duration.epochs * steps_per_epoch)) if duration.epochs else 0
+        def steps(count, epochs, field):
+            found = count or (max(1, round(epochs * steps_per_epoch)) if epochs else 0)
+            if found > MAX_STEPS:
+                raise UserError(
+                    f"{field}={epochs} makes {found:,} steps of batch_size={config.batch_size}; at most {MAX_STEPS:,} "
+                    f"can be counted."
+                )
+            return found
 
-        return cls(
-            steps_per_epoch=steps_per_epoch,
-            num_steps=config.num_steps or max(1, round(config.num_epochs * steps_per_epoch)),
-            log_every=every(config.log_every),
-            eval_every=every(config.eval_every),
-            checkpoint_every=every(config.checkpoint_every),
-        )
+        every = {
+            name: steps(config[name].steps, config[name].epochs, f"{name}.epochs")
+            for name in ("log_every", "eval_every", "checkpoint_every")
+        }
+        return cls(steps_per_epoch, steps(config.num_steps, config.num_epochs, "num_epochs"), **every)
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens every `every` steps happens after update number `step`; the last always counts."""
@@ -89,7 +103,12 @@ def init_state(config, rule: optax.GradientTransformation) -> State:
 
 
 def state_shapes(config) -> State:
-    """The merged state's shapes and types, without computing anything."""
+    """The merged state's shapes and types, without computing anything.
+
+    Raises:
+      UserError: the config, which may be one read from a workdir, cannot work.
+    """
+    validate(config)
     rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
     return jax.eval_shape(lambda: init_state(config, rule))
 
@@ -102,13 +121,14 @@ def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformati
       mean_image: (S, S, 3) float32; its central crop is subtracted from every view, as in the source of 2012.
 
     Returns:
-      A function of (sharded state, sharded batch, rate factor) giving (the next state, {'loss', 'top1_error'}), both
-      means over the global batch. It consumes the state.
+      A function of (sharded state, sharded batch, rate factor, stop) giving (the next state, values): 'loss' and
+      'top1_error', means over the global batch, and 'stop', the largest of the processes' numbers of that name. It
+      consumes the state.
     """
     network = build_network(config, layout)
     mean = evaluate.center(mean_image, config.input.crop)
 
-    def step(state, batch, rate_factor):
+    def step(state, batch, rate_factor, stop):
         batch = layout.gather_rows(batch)
         images = batch["image"].astype(jnp.float32) - mean + batch["shift"][:, None, None, :]
         images = images * batch["gain"][:, None, None, None]
@@ -133,25 +153,37 @@ def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformati
             gradients, state.opt_state, state.params, step=state.step, rate_factor=rate_factor
         )
         params = optax.apply_updates(state.params, updates)
+        values["stop"] = layout.largest(stop)
         return State(step=state.step + 1, params=params, opt_state=opt_state), values
 
-    return layout.map(step, donate=(0,), broadcast=(2,))
+    return layout.map(step, donate=(0,), broadcast=(2, 3))
 
 
 class Run:
     """A run in its workdir: what the loop uses, set up or restored, and the parts of the loop.
 
+    Every process of a run makes one, and calls the same methods in the same order. The first process alone reads and
+    writes the workdir; the others begin with what it tells them.
+
+    Args:
+      signals: notes the signals of this process; see `stop_if_asked`.
+
     Raises:
-      UserError: whatever in the config, the data or the workdir cannot work.
+      UserError: whatever in the config, the data or the workdir cannot work, in any of the processes.
     """
 
-    def __init__(self, config, workdir: str | pathlib.Path):
+    def __init__(self, config, workdir: str | pathlib.Path, signals: "StopSignal"):
+        self.config, self.workdir = config, workdirs.expanded(workdir)
+        self._signals, self._agreed = signals, 0
+        self._is_first = jax.process_index() == 0
         validate(config)
-        self.config, self.workdir = config, pathlib.Path(workdir).expanduser()
         self.layout = parallel.Layout(
             config.parallel.devices_per_network, towers=config.model.towers, batch_size=config.batch_size
         )
-        workdirs.check(config, self.workdir)
+        if self._is_first:
+            workdirs.check(config, self.workdir)
+        self._shapes = state_shapes(config)
+        check_memory(config, self._shapes, jax.process_count())
         self.records = input_pipeline.open_records(config.dataset, config.input)
         if self.records.num_classes != config.model.num_classes:
             raise UserError(
@@ -160,41 +192,67 @@ class Run:
             )
         self.durations = Durations.of(config, self.records.num_examples(config.dataset.train_split))
         rates = optimizer.Rates(config.optimizer, config.schedule, self.durations.steps_per_epoch)
+        rates.tree(self._shapes.params, 0)  # refuses layers that the network does not have
+        self._compare_processes()
         rule = optimizer.build(config.optimizer, rates)
         self._train_step = build_step(config, self.layout, rule, self.records.mean_image)
-        self._shapes = state_shapes(config)
-        rates.tree(self._shapes.params, 0)  # refuses layers that the network does not have, before anything is written
         self._evaluators = {}
+        self._meter = metrics.Meter(config.batch_size)
+        self.plateau, self.evaluated, self.resumed = optimizer.Plateau(), 0, False
 
-        # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
-        begun = any((self.workdir / "checkpoints").glob("[0-9]*"))
-        taken_over = pretrained(config, self._shapes) if config.init_from and not begun else {}
-
-        writes = jax.process_index() == 0
-        if writes:
-            workdirs.write_config(config, self.workdir)
-        self.checkpoints = checkpoint.Checkpoints(self.workdir)
-        restored = self.checkpoints.restore_latest(self._shapes)
-        self.resumed = restored is not None
-        if restored:
-            state, meta = restored
-            self.plateau, self.evaluated = optimizer.Plateau(**meta["plateau"]), meta["evaluated"]
-        else:
-            state = jax.device_get(init_state(config, rule))
-            params = flax.traverse_util.flatten_dict(state.params)
-            if taken_over and jax.process_index() == 0:
-                new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
-                print(f"From {config.init_from}: all parameters" + (f" but {', '.join(new)}." if new else "."))
-            params |= taken_over
-            state = state.replace(params=flax.traverse_util.unflatten_dict(params))
-            self.plateau, self.evaluated = optimizer.Plateau(), 0
-        self.step = int(state.step)
+        state, known = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes), {}
+        if self._is_first:
+            state, known = self._open(rule)
+        known = json.loads(parallel.gather_text(json.dumps(known))[0])
+        if known:
+            self.resumed = True
+            self.plateau, self.evaluated = optimizer.Plateau(**known["plateau"]), known["evaluated"]
+            self._meter.restore(known["meter"])
+        state = parallel.from_first(state)
+        self.step = self._saved = int(state.step)
         self.state = self.layout.shard(state)
 
-        self.recorder = metrics.Recorder(self.workdir, self.step, self.durations.num_steps, writes)
-        self._meter = metrics.Meter(config.batch_size)
+        self.recorder = metrics.Recorder(
+            self.workdir, self.step, self.evaluated, self.durations.num_steps, self._is_first
+        )
         self._fetcher = parallel.Fetcher()
         self._under_way = collections.deque()
+
+    def _compare_processes(self) -> None:
+        """Refuses processes with other configs or other data than the first one's, in all of them."""
+        dataset = self.config.dataset
+        mine = {
+            "config": workdirs.to_json(self.config),
+            "data": {
+                "examples": [self.records.num_examples(split) for split in (dataset.train_split, dataset.eval_split)],
+                "classes": self.records.class_names,
+                "statistics": checkpoint.checksum([self.records.mean_image, self.records.principal_std]),
+            },
+        }
+        first, *others = map(json.loads, parallel.gather_text(json.dumps(mine)))
+        for number, other in enumerate(others, 1):
+            # Where the data lie is a machine's own concern.
+            own = ("config.dataset.name", "config.dataset.data_dir", "config.input.threads")
+            if differ := workdirs.differences(first, other, own, ("in process 0", f"in process {number}")):
+                raise UserError(f"All processes of a run need the same config and data. Different: {differ}.")
+
+    def _open(self, rule: optax.GradientTransformation) -> tuple[State, dict[str, Any]]:
+        """Opens the workdir; the merged state to begin with, and what a checkpoint knows besides ({} without one)."""
+        # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
+        begun = any((self.workdir / "checkpoints").glob("[0-9]*"))
+        taken_over = pretrained(self.config, self._shapes) if self.config.init_from and not begun else {}
+
+        workdirs.write_config(self.config, self.workdir)
+        self.checkpoints = checkpoint.Checkpoints(self.workdir)
+        if restored := self.checkpoints.restore_latest(self._shapes):
+            return restored
+        state = jax.device_get(init_state(self.config, rule))
+        params = flax.traverse_util.flatten_dict(state.params)
+        if taken_over:
+            new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
+            print(f"From {self.config.init_from}: all parameters" + (f" but {', '.join(new)}." if new else "."))
+        params |= taken_over
+        return state.replace(params=flax.traverse_util.unflatten_dict(params)), {}
 
     @property
     def epoch(self) -> float:
@@ -221,7 +279,7 @@ class Run:
         arrived = time.perf_counter()
         self.settle(at_most=1)
         rate_factor = np.float32(self.plateau.rate_factor(self.config.schedule))
-        self.state, values = self._train_step(self.state, batch, rate_factor)
+        self.state, values = self._train_step(self.state, batch, rate_factor, np.float32(self._signals.code))
         self.step += 1
         self._under_way.append((self.step, arrived, self._fetcher.fetch(values)))
 
@@ -230,6 +288,7 @@ class Run:
         while len(self._under_way) > at_most:
             step, arrived, future = self._under_way.popleft()
             values, ready = future.result()
+            self._agreed = max(self._agreed, int(values.pop("stop")))
             if not math.isfinite(values["loss"]):
                 raise self._diverged(f"The loss of step {step} is {values['loss']}")
             self._meter.add(values, arrived, ready)
@@ -243,13 +302,21 @@ class Run:
             f"saved; try a third of the rate, --config.optimizer.learning_rate={rate / 3:.2g}, in a new workdir."
         )
 
+    def stop_if_asked(self) -> None:
+        """Raises `Stopped` where a signal came: in a process by itself at once, and of several processes in all of
+        them after the same step, which is at most two steps later.
+        """
+        code = self._signals.code if jax.process_count() == 1 else self._agreed
+        if code:
+            raise evaluate.Stopped(code)
+
     def log(self) -> None:
         """Records the training metrics since the last time."""
         self.settle()
         self.recorder.write(self.step, self.epoch, self._meter.read())
 
     def evaluate(self, params: Any, views: str) -> dict[str, float]:
-        """Errors of sharded parameters on the evaluation split; see `evaluate.run`."""
+        """Errors of sharded parameters on the evaluation split; see `evaluate.run`, also for what it raises."""
         if views not in self._evaluators:
             network = build_network(self.config, self.layout)
             self._evaluators[views] = evaluate.build(
@@ -262,12 +329,14 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return evaluate.run(self._evaluators[views], params, batches, self.layout)
+        return evaluate.run(self._evaluators[views], params, batches, self.layout, lambda: self._signals.code)
 
     def evaluate_and_save(self) -> None:
         """Evaluates the centre view, tells the plateau rule, and saves if that is due or the error is a new best."""
         self.settle()
         values = self.evaluate(self.state.params, "centre")
+        if not math.isfinite(values["loss"]):
+            raise self._diverged(f"The evaluation loss of step {self.step} is {values['loss']}")
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
         error = values["top1_error"]
         best = error < self.plateau.best
@@ -281,29 +350,53 @@ class Run:
 
     def save(self, error: float | None = None) -> None:
         """Begins to save the present state; `error` is its validation error, if measured."""
-        state = self.layout.merge(self.state, self._shapes)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
-            raise self._diverged(f"Parameters are not finite after step {self.step}")
-        meta = {
-            "config": workdirs.to_json(self.config),
-            "plateau": self.plateau._asdict(),
-            "evaluated": self.evaluated,
-        }
-        self.checkpoints.save(self.step, state, meta, error)
+        self.settle()
+        if drifted := self.layout.drifted(self.state):
+            raise UserError(
+                f"After step {self.step} the replicas of the network are not the same in {', '.join(drifted[:3])}"
+                f"{' …' if len(drifted) > 3 else ''}: a device computes wrongly. Nothing of it was saved."
+            )
+        if self._is_first:
+            state = self.layout.merge(self.state, self._shapes)
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+                raise self._diverged(f"Parameters are not finite after step {self.step}")
+            meta = {
+                "config": workdirs.to_json(self.config),
+                "plateau": self.plateau._asdict(),
+                "evaluated": self.evaluated,
+                "meter": self._meter.state(),
+            }
+            self.checkpoints.save(self.step, state, meta, error)
+        self._saved = self.step
         self._meter.pause()
+
+    def stop(self, code: int) -> None:
+        """Saves the present state, if that was not done, and says so; `code` is the exit code."""
+        self.settle()
+        if self._saved < self.step:
+            self.save()
+        if self._is_first:
+            self.checkpoints.wait()
+        name = next(signals.name for signals in StopSignal.CODES if StopSignal.CODES[signals] == code)
+        self.recorder.say(f"Stopped by {name}: step {self.step} is saved, and the same command goes on from there.")
 
     def finish(self) -> None:
         """Ends the run: ten views of the best checkpoint, and what to do next."""
-        self.checkpoints.wait()
-        lines = metrics.read_lines(self.workdir / "metrics.jsonl")
-        tested = [line for line in lines if "test/top1_error" in line and line["step"] == self.step]
-        if tested:
-            values = {name: value for name, value in tested[-1].items() if name.startswith("test/")}
-        else:
+        tested, best = {}, self.step
+        if self._is_first:
+            self.checkpoints.wait()
             best = self.checkpoints.best_step() or self.step
+            for line in metrics.read_lines(self.workdir / "metrics.jsonl"):
+                if line["step"] == self.step and "test/top1_error" in line:
+                    tested = {name: value for name, value in line.items() if name.startswith("test/")}
+        values, best = json.loads(parallel.gather_text(json.dumps((tested, best)))[0])
+        if not values:
             params = self.state.params
             if best != self.step:
-                params = self.layout.shard(self.checkpoints.restore(best, self._shapes)[0].params)
+                state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
+                if self._is_first:
+                    state = self.checkpoints.restore(best, self._shapes)[0]
+                params = self.layout.shard(parallel.from_first(state.params))
             values = {f"test/{name}": value for name, value in self.evaluate(params, "ten").items()}
             values["test/step"] = best
             self.recorder.write(self.step, self.epoch, values)
@@ -316,7 +409,7 @@ top-1 error {values["test/top1_error"]:.2%}, top-5 error {values["test/top5_erro
 mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
 
 metrics           {self.workdir / "metrics.jsonl"}
-checkpoints       {self.checkpoints.directory}
+checkpoints       {self.workdir / "checkpoints"}
 TensorBoard logs  {self.workdir}
 to look at them   {tensorboard} --logdir={self.workdir}
 to train further  the same command with --config.{doubled}"""
@@ -339,24 +432,31 @@ to train further  the same command with --config.{doubled}"""
         return self
 
     def __exit__(self, *_):
-        self._fetcher.close()
-        self.recorder.close()
-        self.checkpoints.close()
+        try:
+            self._fetcher.close()
+            self.recorder.close()
+        finally:
+            if self._is_first:
+                self.checkpoints.close()
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, for the loop to save and end; a second SIGINT ends at once."""
+    """Notes SIGINT and SIGTERM, for the loop to save and end; a second SIGINT ends at once.
+
+    Attributes:
+      code: the exit code to end with, or 0.
+    """
 
     CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # noqa: RUF012 -- a constant
 
     def __init__(self):
-        self.code, self.name = 0, ""
+        self.code = 0
 
     def _note(self, number, _):
         if number == signal.SIGINT and self.code:
             raise KeyboardInterrupt
-        self.code, self.name = self.CODES[number], signal.Signals(number).name
-        print(f"{self.name}: saving after this step.", file=sys.stderr, flush=True)
+        self.code = self.CODES[number]
+        print(f"{signal.Signals(number).name}: saving after this step.", file=sys.stderr, flush=True)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -375,54 +475,108 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       The exit code: 0 when the run is complete, 130 or 143 when SIGINT or SIGTERM ended it with its state saved.
 
     Raises:
-      UserError: see `Run`; also a loss that is not finite.
+      UserError: see `Run`; also a loss that is not finite, a disk that is full, another process that has ended.
     """
-    with Run(config, workdir) as run:
-        with StopSignal() as stop:
-            steps = run.durations
-            run.recorder.say(run.greeting())
+    signals = StopSignal()
+    with parallel.company(), Run(config, workdir, signals) as run, signals:
+        steps = run.durations
+        run.recorder.say(run.greeting())
+        try:
             if run.resumed and steps.due(steps.eval_every, run.step) and run.evaluated < run.step:
-                run.evaluate_and_save()  # a signal had come between the step and its evaluation
+                run.evaluate_and_save()  # a signal had come between the step and the end of its evaluation
             batches = run.train_batches()
             while run.step < steps.num_steps:
                 run.advance(next(batches))
                 if steps.due(steps.log_every, run.step):
                     run.log()
-                if stop.code:
-                    run.settle()
-                    run.save()
-                    run.checkpoints.wait()
-                    run.recorder.say(
-                        f"Stopped by {stop.name}: step {run.step} is saved, and the same command goes on from there."
-                    )
-                    return stop.code
+                run.stop_if_asked()
                 if steps.due(steps.eval_every, run.step):
                     run.evaluate_and_save()
                 elif steps.due(steps.checkpoint_every, run.step):
-                    run.settle()
                     run.save()
-        run.finish()
+            run.finish()
+        except evaluate.Stopped as stopped:
+            run.stop(stopped.code)
+            return stopped.code
     return 0
 
 
 def validate(config) -> None:
-    """Refuses values that cannot work, before anything is read or written; raises `UserError`."""
-    for field, low, high in (
-        ("batch_size", 1, 1 << 20),
-        ("eval_batch_size", 1, 1 << 20),
-        ("num_epochs", 0, 1e6),
-        ("num_steps", 0, 1 << 40),
-        ("seed", 0, (1 << 31) - 1),
-    ):
-        if not low <= config[field] <= high:
-            raise UserError(f"{field}={config[field]} must lie between {low} and {high}.")
+    """Refuses a config that cannot work, before anything is read or written; raises `UserError`."""
+    _check_fields(config, alexnet.get_config())
+    bounds = {
+        "batch_size": (1, 1 << 20),
+        "eval_batch_size": (1, 1 << 20),
+        "num_epochs": (0, 1e6),
+        "num_steps": (0, MAX_STEPS),
+        "seed": (0, (1 << 31) - 1),
+    }
+    check_ranges(config, bounds)
     if not config.num_steps and not config.num_epochs:
         raise UserError("num_epochs and num_steps are both 0; one of them must say how long to train.")
     for field in ("log_every", "eval_every", "checkpoint_every"):
-        if not (0 <= config[field].epochs <= 1e6 and 0 <= config[field].steps <= 1 << 40):
-            raise UserError(f"{field}.epochs and {field}.steps must not be negative; 0 and 0 is never.")
+        check_ranges(config[field], {"epochs": (0, 1e6), "steps": (0, MAX_STEPS)}, f"{field}.")
+    check_ranges(config.parallel, {"devices_per_network": (0, 2)}, "parallel.")
+    input_pipeline.validate(config.input)
+    input_pipeline.validate_dataset(config.dataset)
     models.build(config.model, None, config.input.crop)
     optimizer.validate(config)
+
+
+def _check_fields(config, like, section: str = "") -> None:
+    """Refuses a config that lacks a field of `like`, or has others, or other types in them; raises `UserError`."""
+    # A network has fields of its own, which `models.build` checks; these three all have.
+    names = ("name", "num_classes", "towers") if section == "model." else tuple(like)
+    if section != "model." and (unknown := sorted(set(config) - set(names))):
+        raise UserError(f"The config's {section}{unknown[0]} is no field that is known: {nearest(unknown[0], names)}")
+    for name in names:
+        field, default = section + name, like[name]
+        if name not in config:
+            raise UserError(f"The config has no field {field}; configs/alexnet.py has all that there are.")
+        if not isinstance(default, ml_collections.ConfigDict):
+            check_type(field, config[name], default)
+        elif isinstance(config[name], ml_collections.ConfigDict):
+            _check_fields(config[name], default, f"{field}.")
+        else:
+            raise UserError(f"{field}={shown(config[name])} must be a section with the fields {', '.join(default)}.")
+
+
+def check_memory(config, shapes: State, processes: int = 1) -> None:
+    """Refuses a run that this machine's memory cannot hold, before anything of it is allocated; raises `UserError`.
+
+    Counted is what one of `processes` hosts holds at least: the state and its gradients, and of either kind of batch
+    one in use and one in preparation. Where the devices are the CPU, images in training come with their maps.
+    """
+    crop, resize = config.input.crop, config.input.resize
+    per_view, per_record = 2 * 3 * crop**2, 2 * 3 * resize**2
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    if jax.default_backend() == "cpu":
+        apply = functools.partial(build_network(config).apply, capture_intermediates=True, mutable=["intermediates"])
+        image = jax.ShapeDtypeStruct((1, crop, crop, 3), jnp.float32)
+        per_view += size(jax.eval_shape(apply, {"params": shapes.params}, image)[1])
+    fields = [f for f in ("width", "features", "num_classes", "pool_stride") if f in config.model]
+    network = ", ".join(f"model.{field}={shown(config.model[field])}" for field in fields)
+    needs = (
+        (size(shapes) + size(shapes.params), f"the network, its velocity and gradients ({network}, input.crop={crop})"),
+        (
+            -(-config.batch_size // processes) * per_view,
+            f"training (batch_size={config.batch_size}, input.crop={crop})",
+        ),
+        (
+            -(-config.eval_batch_size // processes) * per_record,
+            f"evaluation (eval_batch_size={config.eval_batch_size}, input.resize={resize})",
+        ),
+    )
+    total, memory = sum(need for need, _ in needs), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > memory:
+        most, what = max(needs)
+        raise UserError(
+            f"The run needs at least {total / 1e9:,.1f} GB of memory, and this machine has {memory / 1e9:,.1f} GB; "
+            f"{most / 1e9:,.1f} GB are for {what}."
+        )
 
 
 def pretrained(config, shapes: State) -> dict[tuple[str, ...], np.ndarray]:
@@ -431,7 +585,10 @@ def pretrained(config, shapes: State) -> dict[tuple[str, ...], np.ndarray]:
     Raises:
       UserError: it is no workdir, or nothing in it fits.
     """
-    theirs = state_shapes(workdirs.read_config(config.init_from))
+    try:
+        theirs = state_shapes(workdirs.read_config(config.init_from))
+    except UserError as error:
+        raise UserError(f"init_from={shown(config.init_from)}: {error}") from None
     with checkpoint.Checkpoints(config.init_from, read_only=True) as checkpoints:
         best = checkpoints.best_step()
         restored = checkpoints.restore_latest(theirs) if best is None else checkpoints.restore(best, theirs)

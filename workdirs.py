@@ -27,18 +27,35 @@ def to_json(config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def expanded(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The path of a workdir, whose ~ is the user's home; raises `UserError` where it can be none."""
+    try:
+        path = pathlib.Path(workdir).expanduser()
+        str(path).encode()  # TensorBoard's files have names in UTF-8
+    except (RuntimeError, UnicodeError) as error:
+        raise UserError(f"--workdir={workdir} cannot be a path: {error}") from None
+    return path
+
+
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     """The config of a workdir.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is none; its fields are for `train.validate` to judge.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no fields")
+        config = ml_collections.ConfigDict(content)
+        to_json(config)  # which fails where lists lie in lists in lists
+        return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
 
 
@@ -46,16 +63,23 @@ def check(config, workdir: pathlib.Path) -> None:
     """Refuses a workdir that belongs to another config, and names the fields; raises `UserError`."""
     if not (workdir / "config.json").exists():
         return
-    before, now = _flat(to_json(read_config(workdir))), _flat(to_json(config))
-    differ = [
-        f"{name} ({before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} here)"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(CONTINUABLE)
-    ]
-    if differ:
-        raise UserError(
-            f"{workdir} is the run of another config; take a new --workdir. Different: {'; '.join(differ)}."
-        )
+    if differ := differences(to_json(read_config(workdir)), to_json(config), CONTINUABLE, ("there", "here")):
+        raise UserError(f"{workdir} is the run of another config; take a new --workdir. Different: {differ}.")
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...], places: tuple[str, str]) -> str:
+    """Names the fields, dotted, in which two trees of JSON differ, with both values; '' if in none.
+
+    Args:
+      but: beginnings of the names of fields that may differ.
+      places: where the two come from, as the sentence has it.
+    """
+    one, other = _flat(one), _flat(other)
+    return "; ".join(
+        f"{name} ({one.get(name, 'absent')!r} {places[0]}, {other.get(name, 'absent')!r} {places[1]})"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name) and not name.startswith(but)
+    )
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,28 +3,33 @@
 Beside the records of `DATA_DIR/prepared/NAME-SIZE/1.0.0` lie
 
     statistics.npz   mean_image (S, S, 3), principal_std (3,) and principal_components (3, 3) of the training split
-    prepared.json    what was prepared, from where, and which files were left out
+    prepared.json    what was prepared, from where, which files were left out, and which images are in two splits
 
 A folder of that name is complete: it gets its name when everything in it is written.
 """
 
+import array
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import io
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from datasets.progress import progress
-from datasets.sources import File, Source, printable
+from datasets.sources import File, Source, printable, tensorflow_datasets
 from errors import UserError
 
 VERSION = "1.0.0"
@@ -32,20 +37,65 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows m
 LOSSLESS_UP_TO = 64  # pixels a side; JPEG would visibly change images as small as CIFAR's
 JPEG_QUALITY = 95
 
+BYTES_PER_PIXEL = 8  # of the largest file: 16-bit RGBA, stored as it is
+AHEAD = 1 << 28  # bytes of finished records that may wait for their turn
+PAIRS_NAMED = 3  # of the images that two splits share
+
 # Sizes are checked here, before anything is decoded, against a limit that is a config field.
 Image.MAX_IMAGE_PIXELS = None
+# Of Pillow's usual blocks, 16 MiB, the C library would keep some for every thread after they are freed; above 32 none.
+Image.core.set_block_size(1 << 26)
+
+# EXIF's orientations, as Image.Transpose undoes them.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(Exception):
     """A file that is no image that can be used; the message says why."""
 
 
-def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarray]:
+class Budget:
+    """An amount, of bytes or pixels, that threads share: one that asks for more than is left waits."""
+
+    def __init__(self, total: int):
+        self._total = self._left = total
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        """Holds `amount`, or all there is where it is more."""
+        amount = min(amount, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
+
+
+def to_record(data: bytes, size: int, max_pixels: int, decoding: Budget | None = None) -> tuple[bytes, np.ndarray]:
     """Makes a size×size RGB image of any image file (paper, section 2).
 
     The shorter side is scaled to `size` and the central square taken, in one resampling with Pillow's bicubic filter,
     which averages over as many pixels as it skips. Whatever Pillow reads becomes RGB: greyscale, CMYK, palettes, 16
     bits, animations (their first frame); transparency shows white; EXIF orientation is applied.
+
+    Args:
+      data: the file.
+      size: pixels a side.
+      max_pixels: larger images are refused before they are decoded.
+      decoding: pixels that may be decoded at once; some 16 bytes of memory each.
 
     Returns:
       The encoded record, a JPEG, or a PNG up to 64 pixels a side; and its pixels before encoding.
@@ -57,28 +107,30 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
         raise Unreadable("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise Unreadable(f"it declares {image.width}×{image.height} pixels, above the limit of {max_pixels:,}")
-            ready = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
-            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             progressive = "progressive" in image.info  # slow to decode, and a crop of it saves nothing
-            if ready and upright and not progressive and size > LOSSLESS_UP_TO:
-                return data, np.asarray(image)  # encoding it again would only lose detail
-            # Lets libjpeg skip detail of large photographs, down to twice the size wanted.
-            scale = 2 * size / min(image.size)
-            image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
-            image.load()
-            image = _rgb(ImageOps.exif_transpose(image))
+            ready = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size) and not progressive
+            # Encoding it again would only lose detail, unless most of the file is no image.
+            ready = ready and size > LOSSLESS_UP_TO and len(data) <= 3 * size**2 and _orientation(image) == 1
+            if not ready:
+                # Lets libjpeg skip detail of large photographs, down to twice the size wanted.
+                scale = 2 * size / min(image.size)
+                image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
+            # Of a progressive JPEG libjpeg holds all coefficients, whatever it skips.
+            pixels = pixels if progressive else image.width * image.height
+            with decoding.hold(pixels) if decoding else contextlib.nullcontext():
+                image.load()
+                if ready:
+                    return data, np.asarray(image)
+                image = _square(_rgb(image), _orientation(image), size)
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
         raise Unreadable(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise anything on damaged files
-        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        raise Unreadable(printable(" ".join(str(error).split())) or type(error).__name__) from None
     file = io.BytesIO()
     if size > LOSSLESS_UP_TO:
         # Colour at half resolution, as nearly all photographs come: it decodes faster than full colour.
@@ -88,16 +140,38 @@ def to_record(data: bytes, size: int, max_pixels: int) -> tuple[bytes, np.ndarra
     return file.getvalue(), np.asarray(image)
 
 
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of damaged EXIF, which says nothing then; the pixels may be good
+        return 1
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more, where Pillow's own conversion clips instead of scaling
-        pixels = np.asarray(image, np.float64)
+        pixels = np.asarray(image).ravel()
         # Of 32-bit modes only the values tell their range; a dark 16-bit image is dark.
         top = 65535 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255
-        image = Image.fromarray(np.clip(pixels * (255 / top), 0, 255).astype(np.uint8))
+        grey = np.empty(pixels.shape, np.uint8)
+        for part in range(0, len(pixels), 1 << 20):  # whole, it would take 8 bytes a pixel, twice
+            scaled = pixels[part : part + (1 << 20)] * (255 / top)
+            grey[part : part + (1 << 20)] = np.clip(np.nan_to_num(scaled), 0, 255)
+        image = Image.fromarray(grey.reshape(image.height, image.width))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _square(image: Image.Image, orientation: int, size: int) -> Image.Image:
+    """The central square, upright."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 @dataclasses.dataclass
@@ -140,8 +214,9 @@ class Statistics:
 
 def outer_product(pixels: np.ndarray) -> np.ndarray:
     """The sum over pixels of RGB's outer product with itself: (H, W, 3) uint8 to (3, 3) float64."""
-    rgb = pixels.reshape(-1, 3).astype(np.float64)
-    return rgb.T @ rgb
+    rgb = pixels.reshape(-1, 3)
+    parts = (rgb[start : start + (1 << 20)].astype(np.float64) for start in range(0, len(rgb), 1 << 20))
+    return sum(part.T @ part for part in parts)
 
 
 def directory(data_dir: str | pathlib.Path, name: str, size: int) -> pathlib.Path:
@@ -159,23 +234,38 @@ def lock(data_dir: str | pathlib.Path, name: str) -> Iterator[None]:
       UserError: nothing can be written there.
     """
     path = pathlib.Path(data_dir) / "prepared" / f".{name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot take prepared records: {error.strerror}.") from None
-    with file:
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Another process prepares {name}; waiting for it.", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
         except OSError as error:
-            raise UserError(
-                f"{path.parent} is on a file system without locks ({error.strerror}); prepare on a local disk, "
-                f"and copy its prepared/ there."
-            ) from None
-        yield
+            raise UserError(f"{path.parent} cannot take prepared records: {error.strerror}.") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another process prepares {name}; waiting for it.", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"{path.parent} is on a file system without locks ({error.strerror}); prepare on a local disk, "
+                    f"and copy its prepared/ there."
+                ) from None
+            if not _is_at(file, path):  # who held it before has removed it, and the next may hold another
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()  # while it is held, so that nobody else's is removed
+            return
+
+
+def _is_at(file, path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def prepare(
@@ -190,6 +280,9 @@ def prepare(
 ) -> pathlib.Path:
     """Writes the records of a source, with a progress bar; returns their folder. Hold the `lock` of `name`.
 
+    However many cores decode, files in memory take up to BYTES_PER_PIXEL · max_pixels bytes, decoding some
+    16 · max_pixels, and finished records some AHEAD.
+
     Args:
       name: the name of the prepared set.
       data_dir: the records go to data_dir/prepared/NAME-SIZE.
@@ -199,32 +292,49 @@ def prepare(
       max_pixels: larger images are not decoded, and count as unreadable.
 
     Raises:
-      UserError: more files than allowed are unreadable, or the folder cannot be written.
+      UserError: more files than allowed are unreadable, a label is none, or the folder cannot be written.
     """
     import tensorflow as tf
-    import tensorflow_datasets as tfds
 
+    tfds = tensorflow_datasets()
     final = directory(data_dir, name, size)
     partial = final.parent.with_name(f".{name}-{size}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted preparation
     statistics = Statistics.empty(size)
     unreadable = []
+    hashes = {split: array.array("Q") for split in source.counts}  # of each file, 0 for one that cannot be read
+    reading, decoding = Budget(BYTES_PER_PIXEL * max_pixels + (1 << 20)), Budget(max_pixels)
+    read = functools.partial(_read, size=size, max_pixels=max_pixels, reading=reading, decoding=decoding)
 
     def listed():
         return "".join(f"\n  {item['file']}: {item['reason']}" for item in unreadable)
 
     def examples(split, advance):
         written = 0
-        results = _in_order(lambda file: _read(file, size, max_pixels), source.files(split))
-        for number, (file, record, pixels, outer, reason) in enumerate(results):
+        for number, result in enumerate(_in_order(read, source.files(split), ahead=AHEAD // (3 * size**2))):
             advance()
-            if reason:
-                unreadable.append({"file": printable(file.name), "reason": reason})
+            file = result.file
+            hashes[split].append(result.hash)
+            if result.reason:
+                unreadable.append({"file": printable(file.name), "reason": result.reason})
                 continue
+            if not 0 <= file.label < len(source.class_names):
+                raise UserError(
+                    f"{printable(file.name)} of {source.origin} has the label {file.label}; it should be one of "
+                    f"0 … {len(source.class_names) - 1}."
+                )
             if split == train_split:
-                statistics.add(pixels, outer)
+                statistics.add(result.pixels, result.outer)
             written += 1
-            yield number, {"image": io.BytesIO(record), "label": file.label, "file_name": os.fsencode(file.name)}
+            yield (
+                number,
+                {
+                    "image": io.BytesIO(result.record),
+                    "label": file.label,
+                    "file_name": os.fsencode(file.name),
+                    "fingerprint": result.fingerprint,
+                },
+            )
         if not written:
             raise UserError(f"No file of the split {split!r} can be read:{listed()}")
 
@@ -241,6 +351,7 @@ def prepare(
                         "image": tfds.features.Image(shape=(size, size, 3), encoding_format=encoding),
                         "label": tfds.features.ClassLabel(names=list(source.class_names)),
                         "file_name": tfds.features.Text(),
+                        "fingerprint": tfds.features.Scalar(np.int64),
                     }
                 ),
                 split_datasets={split: examples(split, advance) for split in source.counts},
@@ -258,12 +369,15 @@ def prepare(
             raise UserError(f"{source.origin} has no split {train_split!r} to take the mean image from.")
         written = pathlib.Path(builder.data_path)
         np.savez(written / "statistics.npz", **statistics.arrays())
+        overlap, overlap_as = _overlap(source, hashes, train_split)
         summary = {
             "origin": source.origin,
             "size": size,
             "train_split": train_split,
             "examples": {split: info.num_examples for split, info in builder.info.splits.items()},
             "unreadable": unreadable,
+            "overlap": overlap,
+            "overlap_as": overlap_as,
         }
         (written / "prepared.json").write_text(json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(final.parent, ignore_errors=True)
@@ -275,25 +389,91 @@ def prepare(
     return final
 
 
-def _read(file: File, size: int, max_pixels: int):
-    """(file, record, pixels, outer product, reason); the reason says why there is no record."""
+def fingerprint(label, record):
+    """A hash of a record and its label, by which damage is seen: tensors, or an int and bytes, to an int64 tensor.
+
+    TFRecords carry CRC-32C, which neither Python nor an operation of TensorFlow's computes; of this hash TensorFlow
+    promises that it will never change.
+    """
+    import tensorflow as tf
+
+    return tf.strings.to_hash_bucket_fast(tf.strings.join([tf.strings.as_string(label), ":", record]), 1 << 62)
+
+
+class _Result(NamedTuple):
+    """What became of a file: a record, its `fingerprint`, its pixels, their outer product and hash; or why not."""
+
+    file: File
+    record: bytes = b""
+    fingerprint: int = 0
+    pixels: np.ndarray | None = None
+    outer: np.ndarray | None = None
+    hash: int = 0
+    reason: str = ""
+
+
+def _read(file: File, size: int, max_pixels: int, reading: Budget, decoding: Budget) -> _Result:
+    limit = BYTES_PER_PIXEL * max_pixels + (1 << 20)
     try:
-        record, pixels = to_record(file.read(), size, max_pixels)
+        with file.open() as stream:
+            length = stream.seek(0, os.SEEK_END)
+            if length > limit:
+                raise Unreadable(f"it has {length:,} bytes, more than an image of {max_pixels:,} pixels needs")
+            with reading.hold(length):
+                stream.seek(0)
+                record, pixels = to_record(stream.read(length), size, max_pixels, decoding)
     except Unreadable as error:
-        return file, None, None, None, str(error)
+        return _Result(file, reason=str(error))
     except OSError as error:
-        return file, None, None, None, error.strerror or str(error)
-    return file, record, pixels, outer_product(pixels), ""
+        return _Result(file, reason=error.strerror or str(error))
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest()
+    outer, mark = outer_product(pixels), int(fingerprint(file.label, record))
+    return _Result(file, record, mark, pixels, outer, hash=int.from_bytes(digest, "little"))
 
 
-def _in_order(function, items: Iterable) -> Iterator:
-    """Maps in threads, for Pillow decodes outside the interpreter's lock; holds only a few results at a time."""
+def _in_order(function, items: Iterable, ahead: int) -> Iterator:
+    """Maps in threads, for Pillow decodes outside the interpreter's lock; holds `ahead` results at most."""
     workers = os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         under_way = collections.deque()
         for item in items:
             under_way.append(pool.submit(function, item))
-            if len(under_way) > 4 * workers:
+            if len(under_way) > min(4 * workers, ahead):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+
+
+def _overlap(
+    source: Source, hashes: Mapping[str, Sequence[int]], train_split: str
+) -> tuple[dict[str, int], dict[str, list[list[str]]]]:
+    """Which images of other splits are, pixel for pixel, also in the training split; splits that share none are absent.
+
+    Returns:
+      How many, {'test/train': 12}; and the names of a few, {'test/train': [['test/a/1.jpg', 'train/b/7.jpg'], …]}.
+    """
+    train = np.array(hashes[train_split], np.uint64)
+    order = np.argsort(train, kind="stable")
+    counts, pairs = {}, {}
+    for split in sorted(hashes.keys() - {train_split}):
+        others = np.array(hashes[split], np.uint64)
+        shared = np.flatnonzero(np.isin(others, train) & (others != 0))
+        if len(shared):
+            # The pairs nearest to the start of the training split, for the source is listed again up to them.
+            places = order[np.searchsorted(train, others[shared], sorter=order)]
+            first = np.argsort(places, kind="stable")[:PAIRS_NAMED]
+            names = _names(source, split, shared[first]), _names(source, train_split, places[first])
+            counts[f"{split}/{train_split}"] = len(shared)
+            pairs[f"{split}/{train_split}"] = [list(pair) for pair in zip(*names, strict=True)]
+    return counts, pairs
+
+
+def _names(source: Source, split: str, places: np.ndarray) -> list[str]:
+    """The names of the files at these places of a split."""
+    wanted, names = set(places.tolist()), {}
+    for place, file in enumerate(source.files(split)):
+        if place in wanted:
+            names[place] = printable(file.name)
+            if len(names) == len(wanted):
+                break
+    return [names[place] for place in places.tolist()]

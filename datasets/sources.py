@@ -3,32 +3,36 @@
 A source yields files as they are, encoded; `datasets.records` makes records of them.
 """
 
+import collections
 import dataclasses
 import functools
+import io
+import os
 import pathlib
 import re
 import socket
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO
 
 from datasets.progress import progress, quiet
-from errors import UserError, nearest
+from errors import UserError, nearest, shown
 
-# Other files in a class folder (Thumbs.db, .DS_Store, notes) are not images and are left alone.
 # Archives that TFDS cannot download; without one of these it would go on and leave out a split, or fail unclearly.
 ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+# Files with other suffixes in a class folder (Thumbs.db, notes, .heic) are passed over, and counted.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One image of a source: its name, its label, and a function that reads its bytes."""
+    """One image of a source: its name, its label, and a function that opens it for reading."""
 
     name: str
     label: int
-    read: Callable[[], bytes]
+    open: Callable[[], BinaryIO]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +44,19 @@ class Source:
       class_names: by label.
       counts: number of files by split.
       files: yields the files of a split, always in the same order.
+      passed_over: how many files of a folder were taken for no images, by suffix.
     """
 
     origin: str
     class_names: tuple[str, ...]
     counts: dict[str, int]
     files: Callable[[str], Iterator[File]]
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def is_folder(name: str) -> bool:
     """Whether a data set's name is a folder, there or not, and not the name of a TFDS or generated set."""
-    if pathlib.Path(name).is_dir() or name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")) or os.path.isdir(name):  # noqa: PTH112 -- a Path raises on too long a name
         return True
     # A path, or a TFDS set and its config, as imagenette/320px-v2.
     return "/" in name and name.partition("/")[0] not in _tfds_names()
@@ -58,7 +64,10 @@ def is_folder(name: str) -> bool:
 
 def prepared_name(name: str) -> str:
     """The name under which a set is prepared: a folder's last part, or the name of the set."""
-    return printable(pathlib.Path(name).resolve().name) if is_folder(name) else name.replace("/", "-").replace(":", "-")
+    found = printable(pathlib.Path(name).resolve().name if is_folder(name) else re.sub("[/:]", "-", name))
+    if len(found.encode()) > 200:  # a file system takes 255 bytes
+        raise UserError(f"{shown(name)} is too long a name for a data set.")
+    return found
 
 
 def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str = "train") -> Source:
@@ -74,7 +83,12 @@ def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str
       UserError: nothing of this name, or nothing in it.
     """
     if is_folder(name):
-        return _folder(pathlib.Path(name), train_split)
+        try:
+            return _folder(pathlib.Path(name), train_split)
+        except OSError as error:
+            raise UserError(f"{printable(str(error.filename or name))} cannot be listed: {error.strerror}.") from None
+        except UserError as error:  # in which names of files stand as they are
+            raise UserError(printable(str(error))) from None
     return _tfds(name, data_dir, manual_dir)
 
 
@@ -83,10 +97,10 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _read(file: pathlib.Path) -> bytes:
+def _open(file: pathlib.Path) -> BinaryIO:
     if file.exists() and not file.is_file():  # opening a pipe would wait for ever
         raise OSError("it is not a regular file")
-    return file.read_bytes()
+    return file.open("rb")
 
 
 def _folder(root: pathlib.Path, train_split: str) -> Source:
@@ -104,8 +118,10 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
         raise UserError(f"{root} has no split {train_split!r}: {nearest(train_split, classes)}")
     names = classes[train_split]
     for name in names:
-        if printable(name) != name:
-            raise UserError(f"The class folder {printable(str(root / train_split / name))} needs a printable name.")
+        if printable(name) != name or name.strip() != name:  # TFDS strips names, and drops a blank one
+            raise UserError(
+                f"The class folder {str(root / train_split / name)!r} needs a printable name, without spaces around it."
+            )
     for split, others in classes.items():
         if not re.fullmatch(r"[\w-]+", split, re.ASCII) or split == "all":
             raise UserError(
@@ -114,16 +130,21 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
         if strangers := sorted(set(others) - set(names)):
             raise UserError(f"{root / split / strangers[0]} is a class that {root / train_split} does not have.")
 
+    passed_over = collections.Counter()
+
     def list_files(split):
         for label, name in enumerate(names):
             folder = root / split / name
             if folder.is_dir():
-                files = (f.name for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-                yield from ((f"{split}/{name}/{file}", label) for file in sorted(files) if not file.startswith("."))
+                for file in sorted(f for f in folder.iterdir() if not f.name.startswith(".")):
+                    if file.suffix.lower() in IMAGE_SUFFIXES:
+                        yield f"{split}/{name}/{file.name}", label
+                    else:
+                        passed_over["folders" if file.is_dir() else printable(file.suffix.lower()) or "none"] += 1
 
     def files(split):
         for name, label in listed[split]:
-            yield File(name, label, functools.partial(_read, root / name))
+            yield File(name, label, functools.partial(_open, root / name))
 
     listed = {split: list(list_files(split)) for split in classes}
     for split in listed:
@@ -133,20 +154,22 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
         folder = root / train_split / names[min(empty)]
         raise UserError(f"{folder} holds no image files ({' '.join(IMAGE_SUFFIXES)}), so its class cannot be learned.")
     counts = {split: len(found) for split, found in listed.items()}
-    return Source(printable(str(root.resolve())), tuple(names), counts, files)
+    return Source(printable(str(root.resolve())), tuple(names), counts, files, passed_over)
 
 
 @quiet()
 def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     import tensorflow as tf
-    import tensorflow_datasets as tfds
 
     from datasets.shapes import Shapes
 
+    tfds = tensorflow_datasets()
     directory = pathlib.Path(data_dir).resolve()
     known = [Shapes.name, *_tfds_names()]
     if (base := re.split("[/:]", name)[0]) not in known:
         raise UserError(f"{name!r} is neither a folder here nor a TFDS data set: {_few(nearest(name, known))}")
+    if base == Shapes.name != name:
+        raise UserError(f"There is one set {base}, and no {name!r}.")
     try:
         builder = Shapes(data_dir=directory) if name == Shapes.name else tfds.builder(name, data_dir=directory)
     except ImportError as error:
@@ -155,13 +178,15 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
         configs = [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
         raise UserError(f"TFDS has {base}, but not as {name!r}: {_few(nearest(name, [base, *configs]))}") from None
     features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(f"The TFDS data set {name} is not for image classification: it has {', '.join(features)}.")
+    kinds = {key: type(feature).__name__ for key, feature in features.items()}
+    if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
+        has = ", ".join(f"{key} ({kind})" for key, kind in kinds.items())
+        raise UserError(f"The TFDS data set {name} has no image (Image) with a label (ClassLabel): it has {has}.")
     try:
         if not builder.is_prepared():
             manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
             _check_at_hand(builder, directory / "downloads", manual)
-            config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None)
+            config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None, try_download_gcs=False)
             verb = "Drawing" if name == Shapes.name else "TFDS downloads or reads"
             print(f"{verb} {name} into {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
@@ -176,8 +201,7 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
         for number, example in enumerate(examples.as_numpy_iterator()):
             identity = example[key] if key else f"{split}-{number}"
             identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
-            data = example["image"]
-            yield File(f"{split}/{identity}", int(example["label"]), lambda data=data: data)
+            yield File(f"{split}/{identity}", int(example["label"]), functools.partial(io.BytesIO, example["image"]))
 
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     # Contests publish test images without labels, as −1; nothing can be measured on those.
@@ -204,10 +228,17 @@ def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> No
             raise UserError(f"{builder.name} cannot be downloaded, {host} is not found: {error.strerror}.") from None
 
 
-def _tfds_names() -> list[str]:
+def tensorflow_datasets():
+    """Imports TFDS, and keeps it from Google's buckets, where it looks for descriptions and copies of its sets."""
     import tensorflow_datasets as tfds
 
-    return tfds.list_builders(with_community_datasets=False)
+    # Later versions look there only when told to, but leave an empty folder in TMPDIR all the same.
+    tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
+    return tfds
+
+
+def _tfds_names() -> list[str]:
+    return tensorflow_datasets().list_builders(with_community_datasets=False)
 
 
 def _few(sentence: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 
-from errors import UserError, nearest
+from errors import UserError, check_name, check_type, nearest
 from models.alexnet import AlexNet
 from models.cifar import CifarNet
 from parallel import Towers
@@ -24,20 +24,26 @@ def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.M
       UserError: an unknown network or field, or a value that cannot work.
     """
     fields = dict(model)
-    name = fields.pop("name")
-    if name not in MODELS:
-        raise UserError(f"model.name={name!r} is not known: {nearest(name, MODELS)}")
-    if "init" in fields:
-        fields["initial_weights"] = fields.pop("init")  # `init` is a method of every Flax module
-    known = {field.name for field in dataclasses.fields(MODELS[name])} - {"parent", "name", "placement"}
-    for field in fields:
+    name = fields.pop("name", None)
+    check_type("model.name", name, "")
+    check_name("model.name", name, MODELS)
+    known = {field.name: field.default for field in dataclasses.fields(MODELS[name])}
+    for internal in ("parent", "name", "placement"):
+        del known[internal]
+    if "initial_weights" in known:
+        known["init"] = known.pop("initial_weights")  # `init` is a method of every Flax module
+    for field, value in fields.items():
         if field not in known:
             raise UserError(f"model.{field} is no field of {name}: {nearest(field, known)}")
-    for field in ("exchange", "without", "features"):
-        if field in fields:
-            # JSON has no tuples, and a string would pass for a tuple of letters.
-            value = fields[field]
-            fields[field] = (value,) if isinstance(value, str) else tuple(value)
+        if isinstance(known[field], tuple):
+            value = (value,) if isinstance(value, str) else value  # it would pass for a tuple of letters
+            check_type(f"model.{field}", value, ())
+            fields[field] = tuple(value)
+        else:
+            check_type(f"model.{field}", value, known[field])
+    fields = known | fields
+    if "init" in fields:
+        fields["initial_weights"] = fields.pop("init")
     network = MODELS[name](**fields, placement=placement or Towers(fields["towers"], fields["towers"]))
     network.validate(image_size)
     return network

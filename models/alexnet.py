@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError, nearest
+from errors import UserError, check_name, check_ranges, shown
 from models import layers
 from parallel import Towers
 
@@ -257,48 +257,41 @@ class AlexNet(nn.Module):
         Raises:
           UserError: names the field and what it may be.
         """
-        for field, known in (
-            ("activation", ACTIVATIONS),
-            ("order", ORDERS),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            value = getattr(self, field)
-            if value not in known:
-                raise UserError(f"model.{field}={value!r} is not known: {nearest(value, known)}")
-        if self.initial_weights not in DEVIATIONS:
-            raise UserError(
-                f"model.init={self.initial_weights!r} is not known: {nearest(self.initial_weights, DEVIATIONS)}"
-            )
+        check_name("model.activation", self.activation, ACTIVATIONS)
+        check_name("model.order", self.order, ORDERS)
+        check_name("model.init", self.initial_weights, DEVIATIONS)
+        check_name("model.dtype", self.dtype, ("float32", "bfloat16"))
         middle = LAYERS[1:-1]
         for field in ("exchange", "without"):
             for name in getattr(self, field):
                 if name not in middle:
                     raise UserError(
-                        f"model.{field} names {name!r}, but it takes layers of {', '.join(middle)}; write one layer as "
-                        f"('conv4',), with its comma."
+                        f"model.{field} names {shown(name)}, but it takes layers of {', '.join(middle)}; write one "
+                        f"layer as ('conv4',), with its comma."
                     )
         if self.towers not in FEATURES:
             raise UserError(
-                f"model.towers={self.towers}: the network has 2 towers, or 1 (the paper's one-GPU network)."
+                f"model.towers={shown(self.towers)}: the network has 2 towers, or 1 (the paper's one-GPU network)."
             )
-        if self.features and (len(self.features) != 7 or min(self.features) < self.towers):
-            raise UserError(f"model.features={self.features} must give 7 counts of maps, conv1 to fc7, or none: ().")
-        for field, low, high in (
-            ("num_classes", 2, 1 << 20),
-            ("width", 1e-3, 64),
-            ("lrn_k", 1e-6, 1e6),
-            ("lrn_n", 1, 1024),
-            ("lrn_alpha", 0, 1e6),
-            ("lrn_beta", 0, 64),
-            ("pool_window", 1, 16),
-            ("pool_stride", 1, 16),
-            ("dropout_rate", 0, 0.999),
-        ):
-            value = getattr(self, field)
-            if not low <= value <= high:
-                raise UserError(f"model.{field}={value} must lie between {low} and {high}.")
-        if image_size < 11:
-            raise UserError(f"input.crop={image_size} is smaller than the kernels of conv1, 11 pixels; try 224.")
+        counts = [n for n in self.features if type(n) is int and self.towers <= n <= 1 << 20]
+        if self.features and (len(self.features) != 7 or len(counts) != 7):
+            raise UserError(
+                f"model.features={shown(self.features)} must give 7 counts of maps, conv1 to fc7, each between "
+                f"{self.towers} and {1 << 20}, or none: ()."
+            )
+        bounds = {
+            "num_classes": (2, 1 << 20),
+            "width": (1e-3, 64),
+            "lrn_k": (1e-6, 1e6),
+            "lrn_n": (1, 1024),
+            "lrn_alpha": (0, 1e6),
+            "lrn_beta": (0, 64),
+            "pool_window": (1, 16),
+            "pool_stride": (1, 16),
+            "dropout_rate": (0, 0.999),
+        }
+        check_ranges(vars(self), bounds, "model.")
+        check_ranges({"crop": image_size}, {"crop": (11, 4096)}, "input.")  # from conv1's kernels on
         size = layers.output_size(image_size, 11, 4)
         for _ in range(3):
             if size < self.pool_window:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError, nearest
+from errors import UserError, check_name, check_ranges, shown
 from models import layers
 from models.alexnet import ACTIVATIONS
 from parallel import Towers
@@ -67,15 +67,9 @@ class CifarNet(nn.Module):
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.activation={self.activation!r} is not known: {nearest(self.activation, ACTIVATIONS)}"
-            )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"model.dtype={self.dtype!r} must be float32 or bfloat16.")
+        check_name("model.activation", self.activation, ACTIVATIONS)
+        check_name("model.dtype", self.dtype, ("float32", "bfloat16"))
         if self.towers != 1:
-            raise UserError(f"model.towers={self.towers}: the CIFAR-10 network has one tower.")
-        if self.num_classes < 2:
-            raise UserError(f"model.num_classes={self.num_classes} must be at least 2.")
-        if image_size < 8:
-            raise UserError(f"input.crop={image_size} is too small for the CIFAR-10 network; it is made for 32.")
+            raise UserError(f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
+        check_ranges(vars(self), {"num_classes": (2, 1 << 20)}, "model.")
+        check_ranges({"crop": image_size}, {"crop": (8, 4096)}, "input.")

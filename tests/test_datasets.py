@@ -1,9 +1,14 @@
 """Sources and records: any file becomes a sensible record or is named with its reason; the generated set is fair."""
 
+import collections
+import concurrent.futures
 import io
 import os
 import pathlib
 import struct
+import threading
+import time
+import warnings
 import zlib
 
 import numpy as np
@@ -89,6 +94,9 @@ def test_a_jpeg_of_the_right_size_passes_byte_for_byte():
     file = data.encoded(data.picture("a", 0, 256), quality=70)
     assert records.to_record(file, 256, LIMIT)[0] == file
     assert records.to_record(data.encoded(data.picture("a", 0, (256, 257))), 256, LIMIT)[0] != file
+    encoded, pixels = records.to_record(file + bytes(1 << 20), 256, LIMIT)
+    assert len(encoded) < len(file) + 50_000, "a megabyte that is no image was kept"
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(file))))
 
 
 @pytest.mark.parametrize("size", [64, 96])
@@ -180,21 +188,53 @@ def test_an_image_above_the_limit_is_refused_undecoded():
     assert "limit of 1,999" in reason(file, 64, 1999)
 
 
-@settings(max_examples=150, deadline=None)
-@given(cut=st.integers(0, 3000), at=st.integers(0, 3000), noise=st.binary(max_size=20), png=st.booleans())
-def test_any_damage_gives_a_record_or_a_reason(cut, at, noise, png):
-    file = data.encoded(data.picture("a", 0, 48), "PNG" if png else "JPEG")
+@settings(max_examples=200, deadline=None)
+@given(
+    cut=st.integers(0, 3000),
+    at=st.integers(0, 3000),
+    noise=st.binary(max_size=20),
+    format=st.sampled_from(records.FORMATS),
+)
+def test_any_damage_gives_a_record_or_a_reason(cut, at, noise, format):
+    file = data.encoded(data.picture("a", 0, 48), format)
     file = file[:at] + noise + file[at + len(noise) : max(len(file) - cut, 0)]
-    try:
-        encoded, pixels = records.to_record(file, 48, 1_000_000)
-    except records.Unreadable as error:
-        assert str(error)
-    else:
-        assert pixels.shape == (48, 48, 3)
-        assert encoded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as while a set is prepared
+        try:
+            encoded, pixels = records.to_record(file, 48, 1_000_000)
+        except records.Unreadable as error:
+            assert str(error).isprintable()
+            assert str(error)
+        else:
+            assert pixels.shape == (48, 48, 3)
+            assert encoded
+
+
+def test_a_budget_is_never_exceeded_and_lets_everybody_through():
+    budget, held, most = records.Budget(10), collections.Counter(), []
+
+    def take(amount):
+        with budget.hold(amount):
+            held[threading.get_ident()] = min(amount, 10)
+            most.append(sum(held.values()))
+            time.sleep(0.002)
+            held[threading.get_ident()] = 0
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [1, 9, 3, 12, 2, 5, 10, 4] * 8))
+    assert 5 < max(most) <= 10
+    with pytest.raises(ValueError, match="given back"), budget.hold(7):
+        raise ValueError("given back")
+    with budget.hold(10):
+        pass
 
 
 # Folders.
+
+
+def contents(file):
+    with file.open() as opened:
+        return opened.read()
 
 
 def test_a_folder_lists_its_images_by_class_and_name(tmp_path):
@@ -211,7 +251,7 @@ def test_a_folder_lists_its_images_by_class_and_name(tmp_path):
         for label, (name, first) in enumerate({"ant": 1, "bee": 2, "cat": 0}.items())
         for i in range(first, 36, 3)
     ]
-    assert all(file.read() == (tmp_path / file.name).read_bytes() for file in files)
+    assert all(contents(file) == (tmp_path / file.name).read_bytes() for file in files)
 
 
 NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & {0, ord("/")} and name[:1] != b".")
@@ -228,7 +268,7 @@ def test_file_names_are_any_bytes(tmp_path_factory, names):
             file.write(b"%d" % number)
     files = list(sources.open_source(str(root), "unused").files("train"))
     assert len(files) == 1 + len(names)
-    assert {file.read() for file in files[:]} >= {b"%d" % number for number in range(len(names))}
+    assert {contents(file) for file in files} >= {b"%d" % number for number in range(len(names))}
     assert all(sources.printable(file.name).isprintable() for file in files)
 
 
@@ -254,7 +294,13 @@ def test_a_wrong_folder_is_one_sentence(tmp_path):
     assert "split's name" in sentence(tmp_path)
     (tmp_path / "my photos").rename(tmp_path / "photos")
     os.mkdir(os.fsencode(tmp_path / "train") + b"/caf\xe9")  # noqa: PTH102
-    assert r"caf\udce9 needs a printable name" in sentence(tmp_path)
+    assert r"caf\udce9' needs a printable name" in sentence(tmp_path)
+    (tmp_path / "train" / os.fsdecode(b"caf\xe9")).rename(tmp_path / "train/cat ")
+    assert "cat ' needs a printable name, without spaces" in sentence(tmp_path), "TFDS would take the space away"
+    assert "cannot be listed: File name too long" in sentence("/" + "x" * 300)
+    line = sentence(tmp_path / "two\nlines")
+    assert r"two\nlines does not exist" in line
+    assert line.isprintable()
 
 
 def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch):
@@ -268,6 +314,13 @@ def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch)
         sources.open_source("cifar10x", "data")
     with pytest.raises(UserError, match="imagenet_resized/32x32"):
         sources.open_source("imagenet_resized/33x33", "data")
+    with pytest.raises(UserError, match=r"There is one set shapes, and no 'shapes:9\.9\.9'"):
+        sources.open_source("shapes:9.9.9", "data")
+    with pytest.raises(UserError, match=r"coco has no image \(Image\) with a label .* objects \(Sequence\)"):
+        sources.open_source("coco", "data")
+    for name in ("x" * 300, "/" + "x" * 300, "no/" + "x" * 300):
+        with pytest.raises(UserError, match="too long a name"):
+            sources.prepared_name(name)
 
 
 # Statistics.

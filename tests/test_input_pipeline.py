@@ -3,8 +3,10 @@
 import gc
 import io
 import itertools
+import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -363,15 +365,218 @@ def test_values_that_cannot_work_are_named(field, value):
         input_pipeline.validate(options(**{field: value}))
 
 
+def config_of(path, **dataset):
+    """The paper's recipe for what `prepared` made at `path`, with records of 32 pixels."""
+    config = alexnet.get_config()
+    places = dict(name=str(path / "photos"), data_dir=str(path / "data"), eval_split="test")
+    config.dataset.update(places | dataset)
+    config.input.update(resize=32, crop=28)
+    return config
+
+
 def test_opening_checks_both_splits(tmp_path):
     data.make_folder(tmp_path / "photos", {"train": 2, "test": 1}, size=40)
-    config = alexnet.get_config()
-    config.dataset.update(name=str(tmp_path / "photos"), data_dir=str(tmp_path / "data"), eval_split="tests")
-    config.input.update(resize=32, crop=28)
+    config = config_of(tmp_path, eval_split="tests")
     with pytest.raises(UserError, match=r"has no split 'tests': did you mean test\?"):
         input_pipeline.open_records(config.dataset, config.input)
     config.dataset.eval_split, config.dataset.train_split = "test", "train[:50%]"
     assert input_pipeline.open_records(config.dataset, config.input).image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("train_split", "eval_split", "shared"),
+    [
+        ("train", "test", 0),
+        ("train", "train", TRAIN),
+        ("train[:18]", "train[18:]", 0),
+        ("train[:18]", "train[15:]", 3),
+        ("train[15:]", "train[:18]", 3),
+        ("train[5:9]", "train", 4),
+        ("train[:50%]", "train[50%:]+test", 0),
+        ("train", "test+train[-2:]+train[-1:]", 2),
+    ],
+)
+def test_images_of_both_splits_are_counted(small, capsys, train_split, eval_split, shared):
+    config = config_of(small.directory.parents[3], train_split=train_split, eval_split=eval_split)
+    input_pipeline.open_records(config.dataset, config.input)
+    out, err = capsys.readouterr()
+    splits = f"eval_split={eval_split!r} are also in train_split={train_split!r}"
+    assert out == ""
+    assert err == (
+        f"warning: {shared} images of {splits}: errors measured on it will look too low.\n" if shared else ""
+    )
+
+
+def test_copies_of_training_images_are_told_to_those_who_use_both_splits(tmp_path, capsys):
+    folder = data.make_folder(tmp_path / "photos", {"train": 4, "validation": 2, "test": 2}, size=40)
+    shutil.copy(folder / "train/a/0002.jpg", folder / "test/b/copy.jpg")
+    sentence = (
+        "warning: 1 images of 'test' are also in 'train' (test/b/copy.jpg is train/a/0002.jpg): errors measured on it "
+        "will look too low.\n"
+    )
+    for eval_split, said in (
+        ("test", sentence),
+        ("test", sentence),
+        ("validation", ""),
+        ("validation+test[:1]", sentence),
+    ):
+        config = config_of(tmp_path, eval_split=eval_split)
+        input_pipeline.open_records(config.dataset, config.input)
+        assert capsys.readouterr().err == said, eval_split
+
+
+# A prepared set that is not as it was left.
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def changed_statistics(**changes):
+    return lambda content: npz(**dict(np.load(io.BytesIO(content))) | changes)
+
+
+def changed_summary(**changes):
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+def replaced(old, new):
+    def change(content):
+        assert old in content
+        return content.replace(old, new)
+
+    return change
+
+
+def flipped(at, bits=255):
+    return lambda content: content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :]
+
+
+RECORDS = "records-train.tfrecord-00000-of-00001"
+DAMAGES = [
+    *[
+        (file, what)
+        for file in ("prepared.json", "statistics.npz", "features.json", "dataset_info.json")
+        for what in (
+            None,
+            lambda _: b"",
+            lambda _: b"{",
+            lambda _: b"3",
+            lambda _: b"\xff\xfe",
+            lambda content: content[: len(content) // 2],
+        )
+    ],
+    ("prepared.json", lambda _: b"[" * 100_000),
+    ("prepared.json", changed_summary(origin=3)),
+    ("prepared.json", changed_summary(examples=[])),
+    ("prepared.json", changed_summary(examples={"train": TRAIN, "test": "13"})),
+    ("prepared.json", changed_summary(unreadable=[{}])),
+    ("prepared.json", changed_summary(overlap={"test/train": 3})),
+    ("prepared.json", changed_summary(overlap={"test/train": "x"}, overlap_as={"test/train": [["a", "b"]]})),
+    ("prepared.json", changed_summary(overlap={"test/train": 1}, overlap_as={"test/train": [["a"]]})),
+    ("statistics.npz", changed_statistics(mean_image=np.zeros((31, 32, 3), np.float32))),
+    ("statistics.npz", changed_statistics(principal_std=np.zeros(3))),
+    ("statistics.npz", changed_statistics(principal_components=np.full((3, 3), np.nan, np.float32))),
+    ("statistics.npz", lambda _: npz(mean_image=np.zeros((32, 32, 3), np.float32))),
+    ("statistics.npz", flipped(3000)),
+    ("features.json", replaced(b'"32"', b'"33"')),
+    ("features.json", replaced(b'"numClasses": "3"', b'"numClasses": "2"')),
+    ("features.json", replaced(b'"label"', b'"lable"')),
+    ("dataset_info.json", replaced(b'"23"', b'"22"')),
+    ("dataset_info.json", replaced(b'"23"', b'"-1"')),
+    ("dataset_info.json", replaced(b'"train"', b'"tarin"')),
+    ("dataset_info.json", replaced(b'"records"', b'"../photos"')),
+    ("label.labels.txt", None),
+    ("label.labels.txt", lambda _: b"a\nb\n"),
+    ("label.labels.txt", lambda _: b"\xff"),
+    (RECORDS, None),
+    (RECORDS, lambda content: content[: int.from_bytes(content[:8], "little") + 16]),
+    (RECORDS, lambda content: content + content[: int.from_bytes(content[:8], "little") + 16]),
+    (RECORDS, flipped(0)),
+    (RECORDS, flipped(7)),
+    (RECORDS, lambda content: flipped(content.index(b"IDAT") + 100)(content)),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGES)
+def test_a_damaged_set_is_one_sentence_with_the_cure(small, tmp_path, name, change):
+    shutil.copytree(small.directory.parents[2], tmp_path / "data")
+    (file,) = (tmp_path / "data").rglob(name)
+    content = file.read_bytes()
+    file.unlink()
+    if change:
+        file.write_bytes(change(content))
+    config = config_of(small.directory.parents[3], data_dir=str(tmp_path / "data"))
+    with pytest.raises(UserError) as error:
+        records = input_pipeline.open_records(config.dataset, config.input)
+        list(input_pipeline.eval_batches(records, "train", batch_size=8))
+    sentence = str(error.value)
+    assert str(file.parent) in sentence
+    assert sentence.endswith(f"delete {file.parents[1]} and prepare the data set again.")
+    assert sentence.isprintable()
+
+
+def test_one_flipped_bit_of_a_jpeg_is_seen(large, tmp_path):
+    """Of nearly all of them a decoder makes another image, and does not complain."""
+    (file,) = large.directory.glob("*train*")
+    start = file.read_bytes().index(b"\xff\xd8")
+    end = file.read_bytes().index(b"\xff\xd9")
+    for at in range(start, end, (end - start) // 25):
+        records, _ = damaged(large, tmp_path / str(at), flipped(at, 1 << at % 8))
+        with pytest.raises(UserError, match=f"A record of {records.directory} is damaged; delete .* prepare"):
+            list(input_pipeline.eval_batches(records, "train", batch_size=8, num_threads=1))
+
+
+def changed_examples(small, tmp_path, change):
+    """A copy of the records after `change` of each example of the training split."""
+    import tensorflow as tf
+
+    directory = tmp_path / "photos-32" / small.directory.name
+    shutil.copytree(small.directory, directory)
+    files = tf.data.TFRecordDataset(directory / RECORDS).as_numpy_iterator()
+    examples = [tf.train.Example.FromString(example) for example in files]
+    with tf.io.TFRecordWriter(str(directory / RECORDS)) as file:
+        for number, example in enumerate(examples):
+            change(number, example.features.feature)
+            file.write(example.SerializeToString())
+    return input_pipeline.Records.open(directory)
+
+
+def test_a_changed_label_is_seen(small, tmp_path):
+    def change(number, feature):
+        if number == 5:
+            feature["label"].int64_list.value[0] ^= 1
+
+    with pytest.raises(UserError, match=r"is damaged"):
+        list(input_pipeline.eval_batches(changed_examples(small, tmp_path, change), "train", batch_size=4))
+
+
+def test_sets_of_earlier_versions_can_be_read(small, tmp_path):
+    def change(number, feature):
+        del feature["fingerprint"]
+
+    old = input_pipeline.eval_batches(changed_examples(small, tmp_path, change), "train", batch_size=4)
+    assert_same(list(old), list(input_pipeline.eval_batches(small, "train", batch_size=4)))
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**31 - 1])
+def test_a_label_that_is_none_is_named_where_it_is_read(small, tmp_path, label):
+    def change(number, feature):
+        del feature["fingerprint"]
+        if number == 5:
+            feature["label"].int64_list.value[0] = label
+
+    records = changed_examples(small, tmp_path, change)
+    directory = records.directory
+    expected = f"A record of {directory} has the label {label}, and the classes are 0 … 2; delete {directory.parent}"
+    for stream in (
+        input_pipeline.train_batches(records, "train", input=options(**PLAIN), batch_size=TRAIN, seed=0),
+        input_pipeline.eval_batches(records, "train", batch_size=4),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            list(stream)
 
 
 # Resources.

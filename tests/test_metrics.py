@@ -33,13 +33,13 @@ def test_recorder_goes_on_where_the_checkpoint_is(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "epoch": step / 10, "train/loss": 1.0} for step in range(1, 6)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "epo')
-    with metrics.Recorder(tmp_path, step=3, num_steps=8) as recorder:
+    with metrics.Recorder(tmp_path, step=3, evaluated=3, num_steps=8) as recorder:
         recorder.write(4, 0.4, {"train/loss": float("nan")})
     assert metrics.read_lines(path) == [*lines[:3], {"step": 4, "epoch": 0.4, "train/loss": None}]
 
 
 def test_other_processes_write_nothing(tmp_path):
-    with metrics.Recorder(tmp_path, step=0, num_steps=8, active=False) as recorder:
+    with metrics.Recorder(tmp_path, step=0, evaluated=0, num_steps=8, active=False) as recorder:
         recorder.write(1, 0.1, {"train/loss": 1.0})
         recorder.say("nothing")
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import optimizer
 import parallel
 import recipes
@@ -14,16 +15,16 @@ from errors import UserError
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
 
 
-def run(config, layout, steps, mean_image=None):
-    """Trains from the seed; returns the losses, the merged state, and the sharded one."""
+def run(config, layout, steps, mean_image=None, merged=None):
+    """Trains from the seed or from a merged state; returns the losses, the merged state, and the sharded one."""
     rates = optimizer.Rates(config.optimizer, config.schedule, 5.0)
     rule = optimizer.build(config.optimizer, rates)
     mean_image = recipes.mean_image() if mean_image is None else mean_image
     step = train.build_step(config, layout, rule, mean_image)
-    state = layout.shard(jax.device_get(train.init_state(config, rule)))
+    state = layout.shard(merged or jax.device_get(train.init_state(config, rule)))
     losses = []
-    for i in range(steps):
-        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1))
+    for i in range(int(merged.step) if merged else 0, steps):
+        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1), np.float32(0))
         losses.append(float(parallel.first(values)["loss"]))
     return losses, layout.merge(state, train.state_shapes(config)), state
 
@@ -56,6 +57,44 @@ def test_layouts_agree(alone, name):
             for tower in range(LAYOUTS[name][1]):
                 replica = parts[network * LAYOUTS[name][1] + tower]
                 np.testing.assert_array_equal(replica, parts[tower], err_msg="replicas drifted apart")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("towers", "one device"),
+        ("towers", "grid"),
+        ("one device", "towers"),
+        ("grid", "one device"),
+        ("grid", "towers"),
+    ],
+)
+def test_a_checkpoint_continues_on_other_devices(alone, tmp_path, before, after):
+    """Five steps here and five there, with a checkpoint in between: the losses of ten on one device."""
+    config = recipes.narrow()
+    first, state, _ = run(config, make_layout(before), 5)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore_latest(train.state_shapes(config))
+    second, _, _ = run(config, make_layout(after), 10, merged=restored)
+    np.testing.assert_allclose(first + second, alone[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_drift_is_noticed_and_named(name):
+    """A bit that differs between replicas; towers differ by right."""
+    layout = make_layout(name)
+    tree = layout.shard({"kernel": np.arange(8, dtype=np.float32), "count": np.int32(3)})
+    assert layout.drifted(tree) == []
+    for leaf in tree:
+        parts = [shard.data for shard in tree[leaf].addressable_shards]
+        other = np.array(parts[-1])
+        other.view(np.uint32).flat[-1] ^= 1
+        parts[-1] = jax.device_put(other, parts[-1].device)
+        array = jax.make_array_from_single_device_arrays(tree[leaf].shape, tree[leaf].sharding, parts)
+        expected = [f"['{leaf}']"] if layout.networks > 1 else []
+        assert layout.drifted(tree | {leaf: array}) == expected
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """Preparing: complete or not there at all, whatever the files, and whoever stops it or does the same meanwhile."""
 
 import collections
+import concurrent.futures
 import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from PIL import Image
 
 import data
 import input_pipeline
-from datasets import progress, records, shapes
+from datasets import progress, records, shapes, sources
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,14 +39,14 @@ def stored(opened, split):
     examples = tfds.builder_from_directory(opened.directory).as_dataset(
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    found = [(e["file_name"].decode(), (e["image"], int(e["label"]))) for e in examples.as_numpy_iterator()]
+    found = [(os.fsdecode(e["file_name"]), (e["image"], int(e["label"]))) for e in examples.as_numpy_iterator()]
     assert len(dict(found)) == len(found)
     return dict(found)
 
 
 def leftovers(tmp_path):
-    """What lies in data/prepared beside locks."""
-    return sorted(p.name for p in (tmp_path / "data/prepared").iterdir() if not p.name.endswith(".lock"))
+    """What lies in data/prepared."""
+    return sorted(p.name for p in (tmp_path / "data/prepared").iterdir())
 
 
 def test_a_folder_becomes_records_of_its_files(tmp_path):
@@ -128,61 +131,26 @@ def test_an_unknown_split_names_the_nearest(tmp_path):
             opened.num_examples(nonsense)
 
 
-def make_hostile(folder):
-    """Files of which some can be used and some cannot; returns the names of those that cannot."""
-    data.make_folder(folder, {"train": 4}, classes=("a", "b"))
-    home = folder / "train/a"
-    rgb = data.picture("a", 0, 60)
-    for name, image, format in (
-        ("cmyk.JPEG", rgb.convert("CMYK"), "JPEG"),
-        ("png.JPEG", rgb, "PNG"),
-        ("gif.JPEG", rgb, "GIF"),
-        ("grey.jpg", rgb.convert("L"), "JPEG"),
-        ("deep.png", Image.fromarray(np.arange(3600, dtype=np.uint16).reshape(60, 60) * 18), "PNG"),
-        ("alpha.png", rgb.convert("RGBA"), "PNG"),
-        ("one.png", Image.new("RGB", (1, 1)), "PNG"),
-        (" two\nlines .jpg", rgb, "JPEG"),
-        (os.fsdecode(b"caf\xe9.jpg"), rgb, "JPEG"),
-    ):
-        (home / name).write_bytes(data.encoded(image, format))
-    (home / "empty.jpg").touch()
-    (home / "text.jpg").write_text("this is no image")
-    (home / "short.jpg").write_bytes((home / "0000.jpg").read_bytes()[:-400])
-    (home / os.fsdecode(b"bad\xff\n.jpg")).write_bytes(b"x")
-    (home / "large.png").write_bytes(data.encoded(Image.new("1", (1100, 1000)), "PNG"))
-    (home / "folder.jpg").mkdir()
-    (home / "dangling.jpg").symlink_to("nowhere")
-    os.mkfifo(home / "pipe.jpg")
-    return {
-        "empty.jpg": "empty",
-        "text.jpg": "not an image",
-        "short.jpg": "truncated",
-        r"bad\udcff\n.jpg": "not an image",
-        "large.png": "1100×1000",
-        "folder.jpg": "regular file",
-        "dangling.jpg": "No such file",
-        "pipe.jpg": "regular file",
-    }
-
-
-def test_hostile_files_are_listed_and_counted(tmp_path):
-    folder = tmp_path / "photos"
-    bad = make_hostile(folder)
+def test_files_that_cannot_be_read_are_counted_and_allowed(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 4})
+    (folder / "train/a/0000.jpg").write_bytes(b"")
+    (folder / "train/b/large.png").write_bytes(data.encoded(Image.new("1", (1100, 1000)), "PNG"))
     with pytest.raises(UserError) as error:
-        prepare(folder, tmp_path, allow_unreadable=len(bad) - 1, max_pixels=10**6)
+        prepare(folder, tmp_path, allow_unreadable=1, max_pixels=10**6)
     sentence, *listed = str(error.value).splitlines()
-    assert sentence.startswith(f"{len(bad)} of {len(bad) + 13} files cannot be read, {len(bad) - 1} are allowed")
-    assert f"--allow_unreadable={len(bad)}" in sentence
-    assert len(listed) == len(bad)
-    for name, why in bad.items():
-        assert any(line.startswith(f"  train/a/{name}: ") and why in line for line in listed), (name, listed)
+    assert sentence.startswith("2 of 5 files cannot be read, 1 are allowed")
+    assert "--allow_unreadable=2" in sentence
+    assert listed == [
+        "  train/a/0000.jpg: the file is empty",
+        "  train/b/large.png: it declares 1100×1000 pixels, above the limit of 1,000,000",
+    ]
     assert leftovers(tmp_path) == []
 
-    opened = prepare(folder, tmp_path, allow_unreadable=len(bad), max_pixels=10**6)
-    assert opened.num_examples("train") == 13
-    assert opened.index("train").rows.shape == (13, 3)
-    summary = json.loads((opened.directory / "prepared.json").read_text())
-    assert {item["file"] for item in summary["unreadable"]} == {f"train/a/{name}" for name in bad}
+    opened = prepare(folder, tmp_path, allow_unreadable=2, max_pixels=10**6)
+    assert opened.num_examples("train") == 3
+    assert opened.index("train").rows.shape == (3, 3)
+    summary = input_pipeline.read_summary(opened.directory)
+    assert [item["file"] for item in summary["unreadable"]] == ["train/a/0000.jpg", "train/b/large.png"]
 
 
 def test_a_split_without_one_readable_file_is_refused(tmp_path):
@@ -190,6 +158,76 @@ def test_a_split_without_one_readable_file_is_refused(tmp_path):
     (folder / "test/a/x.jpg").write_text("text")
     with pytest.raises(UserError, match="'test'"):
         prepare(folder, tmp_path, allow_unreadable=5)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_label_that_is_none_is_refused(tmp_path):
+    file = data.encoded(data.picture("a", 0, 40))
+    for label in (-1, 2):
+        files = [sources.File(f"test/{i}\n", i if i < 2 else label, lambda: io.BytesIO(file)) for i in range(3)]
+        source = sources.Source("somewhere", ("a", "b"), {"test": 3}, lambda split, files=files: iter(files))
+        with pytest.raises(UserError) as error:
+            records.prepare(source, name="set", data_dir=tmp_path / "data", size=32, train_split="test")
+        assert str(error.value) == (rf"test/2\n of somewhere has the label {label}; it should be one of 0 … 1.")
+        assert leftovers(tmp_path) == []
+
+
+def test_images_in_two_splits_are_counted_and_named(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 8, "validation": 4, "test": 6}, size=(50, 40))
+    train, test = folder / "train", folder / "test"
+    (train / "a/bad.jpg").touch()  # those that cannot be read do not count, and shift nothing
+    (test / "a/bad.jpg").touch()
+    shutil.copy(train / "b/0007.jpg", test / "a/again.jpg")
+    (test / "b/copy.jpg").symlink_to(train / "a/0002.jpg")
+    Image.open(train / "a/0000.jpg").save(test / "b/as.png")  # the same pixels in another file
+    shutil.copy(train / "a/0000.jpg", test / "b/twice.jpg")
+    shutil.copy(test / "a/0000.jpg", test / "a/0000_again.jpg")  # within a split, which is nobody's concern
+    shutil.copy(test / "a/0000.jpg", folder / "validation/a/as_in_test.jpg")
+
+    opened = prepare(folder, tmp_path, allow_unreadable=2)
+    summary = input_pipeline.read_summary(opened.directory)
+    assert summary["overlap"] == {"test/train": 4}
+    assert summary["overlap_as"] == {
+        "test/train": [
+            ["test/b/as.png", "train/a/0000.jpg"],
+            ["test/b/twice.jpg", "train/a/0000.jpg"],
+            ["test/b/copy.jpg", "train/a/0002.jpg"],
+        ]
+    }
+    sentence = (
+        "warning: 4 images of 'test' are also in 'train' (test/b/as.png is train/a/0000.jpg, test/b/twice.jpg is "
+        "train/a/0000.jpg, test/b/copy.jpg is train/a/0002.jpg, …): errors measured on it will look too low."
+    )
+    assert input_pipeline.overlap_warnings(opened.directory) == {("test", "train"): sentence}
+    # Sets prepared before overlaps were looked for can still be used.
+    del summary["overlap"], summary["overlap_as"]
+    (opened.directory / "prepared.json").write_text(json.dumps(summary))
+    assert input_pipeline.overlap_warnings(opened.directory) == {}
+
+
+def test_every_image_twice_is_found(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 3})
+    shutil.copytree(folder / "train", folder / "test")
+    directory = prepare(folder, tmp_path).directory
+    (sentence,) = input_pipeline.overlap_warnings(directory).values()
+    named = ", ".join(f"test/{name}.jpg is train/{name}.jpg" for name in ("a/0000", "a/0002", "b/0001"))
+    assert f"3 images of 'test' are also in 'train' ({named}): errors" in sentence
+
+
+def test_one_holds_the_lock_at_a_time_though_it_is_removed_each_time(tmp_path):
+    inside, most = [], []
+
+    def work(_):
+        with records.lock(tmp_path / "data", "set"):
+            inside.append(0)
+            most.append(len(inside))
+            time.sleep(0.001)
+            inside.pop()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(150)))
+    assert max(most) == 1
+    assert len(most) == 150
     assert leftovers(tmp_path) == []
 
 
@@ -286,6 +324,82 @@ def start(folder, tmp_path, program, *flags):
     )
 
 
+# What a process takes from pytest counts as its own peak until it starts one itself.
+MEASURED = """
+import os, pathlib, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(process.pid, 0)
+pathlib.Path(sys.argv[1]).write_text(str(used.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def measured(folder, tmp_path, *flags, program=("-m", "tools.prepare")):
+    """Runs to the end; returns the exit code, both outputs and the peak of memory in MiB."""
+    peak = tmp_path / "peak"
+    launch = ["-S", "-c", MEASURED, str(peak), sys.executable, *program]
+    process = start(folder, tmp_path, launch, *flags)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err, int(peak.read_text()) / 1024
+
+
+def test_hostile_files_become_records_or_a_line_each(tmp_path):
+    home, outside = tmp_path / "photos/train/a", tmp_path / "outside"
+    home.mkdir(parents=True)
+    outside.mkdir()
+    good, bad = data.make_hostile(home, outside)
+    assert len(good) + len(bad) > 100
+    for name in ("a.heic", "b.HEIC", "notes.txt", "Makefile", ".hidden.txt", ".hidden.jpg"):
+        (home / name).touch()
+    (home / "more").mkdir()
+
+    code, out, err, _ = measured(tmp_path / "photos", tmp_path, "--size=32")
+    sentence, *listed = err.splitlines()
+    assert code == 2
+    assert sentence.startswith(f"error: {len(bad)} of {len(good) + len(bad)} files cannot be read, 0 are allowed")
+    preparing, passed_over = out.splitlines()
+    assert preparing.startswith(f"Preparing {len(good) + len(bad)} images")
+    assert passed_over == "passed over: 5 files with other suffixes (.heic, .txt, folders, none)"
+    assert all(line.isprintable() for line in listed)
+    reasons = dict(line.removeprefix("  train/a/").split(": ", 1) for line in listed)
+    assert len(listed) == len(reasons) == len(bad)
+    for name, reason in bad.items():
+        assert reason in reasons[sources.printable(name)], name
+    assert leftovers(tmp_path) == []
+
+    code, out, err, peak = measured(tmp_path / "photos", tmp_path, "--size=32", f"--allow_unreadable={len(bad)}")
+    assert (code, err) == (0, "")
+    left_out = [line for line in out.splitlines() if line.startswith("left out ")]
+    assert sorted(left_out) == sorted(f"left out     {line.strip()}" for line in listed)
+    # 500 MiB of libraries, an image of 81 million pixels at 5 bytes each, a file of 100 MiB.
+    assert peak < 1400, f"{peak:.0f} MiB"
+    opened = prepare(tmp_path / "photos", tmp_path)
+    examples = stored(opened, "train")
+    assert examples.keys() == {f"train/a/{name}" for name in good}
+    for name, (left, right) in good.items():
+        pixels = np.asarray(Image.open(io.BytesIO(examples[f"train/a/{name}"][0])), np.float64)
+        np.testing.assert_allclose(pixels[:, :14].mean((0, 1)), left, atol=6, err_msg=name)
+        np.testing.assert_allclose(pixels[:, -14:].mean((0, 1)), right, atol=6, err_msg=name)
+
+
+MANY_CORES = "import os, runpy; os.cpu_count = lambda: 16; runpy.run_module('tools.prepare', run_name='__main__')"
+
+
+def test_many_cores_do_not_hold_many_large_images_at_once(tmp_path):
+    home = tmp_path / "photos/train/a"
+    home.mkdir(parents=True)
+    pixels = zlib.compress((b"\0" + bytes(4 * 4000)) * 4000, 1)
+    for i in range(12):  # 190 MB each while they are made opaque
+        (home / f"{i}.png").write_bytes(data.png(4000, 4000, 8, 6, (b"IDAT", pixels)))
+    for i in range(12):  # 120 MB each to read
+        (home / f"{i}.jpg").write_bytes(data.encoded(data.picture("a", i)))
+        os.truncate(home / f"{i}.jpg", 120_000_000)
+    flags = "--size=32", "--max_pixels=16000000"
+    code, _, err, peak = measured(tmp_path / "photos", tmp_path, *flags, program=("-c", MANY_CORES))
+    assert (code, err) == (0, "")
+    assert peak < 1000, f"{peak:.0f} MiB"
+
+
 def wait_for(file, process):
     end = time.monotonic() + 60
     while not file.exists():
@@ -300,7 +414,7 @@ def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path):
     wait_for(tmp_path / "held", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert leftovers(tmp_path) == [".photos-32.partial"]
+    assert leftovers(tmp_path) == [".photos-32.partial", ".photos.lock"]
     assert prepare(folder, tmp_path).num_examples("train") == 6
     assert leftovers(tmp_path) == ["photos-32"]
 

@@ -3,7 +3,7 @@
 main.py does the same on first use; this is for preparing on another day, or another machine.
 """
 
-import json
+import sys
 
 import numpy as np
 from absl import flags
@@ -32,7 +32,7 @@ def main(_) -> None:
         allow_unreadable=ALLOW.value,
         max_pixels=MAX_PIXELS.value,
     )
-    summary = json.loads((directory / "prepared.json").read_text())
+    summary = input_pipeline.read_summary(directory)
     records = input_pipeline.Records.open(directory)
     print(f"records      {directory}")
     print(f"from         {summary['origin']}")
@@ -43,6 +43,8 @@ def main(_) -> None:
     print(f"principal σ  {np.round(records.principal_std, 2)}")
     for item in summary["unreadable"]:
         print(f"left out     {item['file']}: {item['reason']}")
+    for sentence in input_pipeline.overlap_warnings(directory).values():
+        print(sentence, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Runs of main.py as a user starts them: their command lines, and what they leave behind."""
+
+import contextlib
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+import data
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CLASSES = ("a", "b", "c")
+# A narrow network on small views: seconds a run, all of them start-up.
+SMALL = [
+    "--config.input.resize=80",
+    "--config.input.crop=67",
+    "--config.model.width=0.125",
+    "--config.model.num_classes=3",
+    "--config.model.init=he",
+    "--config.input.scale=0.0156",
+    "--config.batch_size=8",
+    "--config.eval_batch_size=16",
+    "--config.dataset.eval_split=test",
+    "--config.log_every.steps=1",
+    "--config.eval_every.steps=5",
+    "--config.checkpoint_every.steps=5",
+]
+TIMES = ("train/images_per_second", "train/input_wait")
+
+
+def photographs(root):
+    """A folder of photographs, which `command` takes, and beside which it is prepared."""
+    data.make_folder(root / "photos", {"train": 30, "test": 12}, CLASSES)
+    return root
+
+
+def command(folder, workdir, *arguments, devices=2, cache="cache"):
+    return [
+        sys.executable,
+        str(ROOT / "main.py"),
+        f"--config={ROOT / 'configs/alexnet.py'}",
+        f"--workdir={workdir}",
+        f"--cpu_devices={devices}",
+        f"--config.dataset.name={folder / 'photos'}",
+        f"--config.dataset.data_dir={folder / cache}",
+        *SMALL,
+        *arguments,
+    ]
+
+
+def run(*args, expect=0, prefix=(), env=None, **options):
+    """Runs to the end; `prefix` stands before the command."""
+    done = subprocess.run([*prefix, *command(*args, **options)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@contextlib.contextmanager
+def start(*args, env=None, **options):
+    """A run under way, killed at the end; stdout is a pipe, to be read with `until`, and stderr comes with it."""
+    arguments = command(*args, **options)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(process, step):
+    """Reads what a run says until it has logged `step`, and returns it."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step ") and int(line.split()[1]) >= step:
+            break
+    return "".join(said)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def sentence(said):
+    """The one sentence with which a command ended."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said[-3000:]
+    assert "Traceback" not in said
+    return errors[0]
+
+
+def metrics(workdir, times=False):
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if times or name not in TIMES} for line in lines]
+
+
+def checkpoints(workdir):
+    """The steps that have a complete checkpoint."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def leftovers(*folders):
+    """What looks temporary in these folders."""
+    signs = ("tmp", "partial", "replaced", "damaged")
+    return [path for folder in folders for path in folder.rglob("*") if any(sign in path.name for sign in signs)]
+
+
+def parameters(workdir, step):
+    """The arrays of a checkpoint, by path, as Orbax itself reads them."""
+    state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    return {"/".join(map(str, path)): leaf for path, leaf in _leaves(state)}
+
+
+def assert_same(workdir, other, step):
+    """Both runs have the same state at `step` bit for bit, and the same metrics up to it."""
+    mine, theirs = parameters(workdir, step), parameters(other, step)
+    assert mine.keys() == theirs.keys() and len(mine) > 30
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert metrics(workdir) == metrics(other)
+
+
+def _leaves(tree, path=()):
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        return [(path, np.asarray(tree))] if tree is not None else []
+    return [found for key, value in items for found in _leaves(value, (*path, key))]

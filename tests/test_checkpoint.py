@@ -1,0 +1,146 @@
+"""A checkpoint is exactly what was saved, or is said to be damaged; saving never loses the one before."""
+
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoint
+from errors import UserError
+
+
+def state(step):
+    """A merged state with arrays of several sizes, one of them as a network's, that does not compress."""
+    random = np.random.default_rng(step)
+    return {
+        "params": {"kernel": random.normal(size=(64, 500)).astype(np.float32), "bias": np.zeros(3, np.float32)},
+        "step": np.int32(step),
+    }
+
+
+def save(workdir, *steps, errors=(), **meta):
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        for step, error in zip(steps, errors or [None] * len(steps), strict=True):
+            checkpoints.save(step, state(step), {"note": f"of {step}"} | meta, error)
+
+
+def latest(workdir):
+    """(state, meta) as a run finds them."""
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(state(0))
+
+
+def assert_is(restored, step):
+    jax.tree.map(np.testing.assert_array_equal, restored[0], state(step))
+    assert restored[1]["note"] == f"of {step}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 1, 2)
+    return workdir
+
+
+def test_what_is_restored_is_what_was_saved(saved):
+    assert_is(latest(saved), 2)
+    with checkpoint.Checkpoints(saved, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert_is(checkpoints.restore(1, state(0)), 1)
+        with pytest.raises(UserError, match="of a network of other sizes"):
+            checkpoints.restore(1, state(0) | {"params": {"kernel": np.zeros((64, 250)), "bias": np.zeros(3)}})
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    """Changes one bit in the middle."""
+    content = bytearray(file.read_bytes())
+    if content:
+        content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+# Of TensorStore's threads, which outlive a failed reading; `cli` keeps them from the user.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncate, flip], ids=["missing", "truncated", "one bit"])
+def test_any_damage_to_any_file_gives_the_same_state_or_the_one_before(saved, tmp_path, capsys, damage):
+    files = [file.relative_to(saved) for file in (saved / "checkpoints/2").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    passed_over = []
+    for number, file in enumerate(files):
+        workdir = shutil.copytree(saved, tmp_path / str(number))
+        damage(workdir / file)
+        restored = latest(workdir)
+        said = capsys.readouterr().err
+        if (workdir / "checkpoints/2.damaged").is_dir():
+            assert_is(restored, 1)
+            assert "warning: the checkpoint of step 2 cannot be read, the one before is taken" in said
+            passed_over.append(file)
+        else:
+            assert_is(restored, 2)
+    size = {file: (saved / file).stat().st_size for file in files}
+    assert max(size, key=size.get) in passed_over, "the arrays are in the largest file"
+
+
+def test_half_a_copy_is_passed_over_and_set_aside(saved, tmp_path, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for number, file in enumerate(sorted((workdir / "checkpoints/2").rglob("*"))):
+        if file.is_file() and number % 2:
+            file.unlink()
+    (workdir / "checkpoints/7").mkdir()  # a copy that had just begun
+    assert_is(latest(workdir), 1)
+    assert "step 7 cannot be read" in capsys.readouterr().err
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2.damaged", "7.damaged"]
+    save(workdir, 2, 3)
+    assert_is(latest(workdir), 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_where_none_can_be_read_all_stay_as_they_are(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for file in (workdir / "checkpoints").rglob("*"):
+        if file.is_file():
+            truncate(file)
+    before = sorted((workdir / "checkpoints").rglob("*"))
+    with pytest.raises(
+        UserError, match=r"No checkpoint in .* can be read \(step 2: .*delete the folder to start afresh"
+    ):
+        latest(workdir)
+    assert sorted((workdir / "checkpoints").rglob("*")) == before
+
+
+def test_the_latest_two_and_the_best_stay(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, errors=[0.9, 0.2, 0.5, None, 0.4])
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+        assert checkpoints.best_step() == 2
+
+
+def test_a_step_is_replaced_without_a_moment_without_it(tmp_path, monkeypatch):
+    """Saved before its evaluation, saved again after it; a crash in between leaves the first."""
+    save(tmp_path, 1, 2)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: None)  # a crash before anything is written
+        checkpoints.save(2, state(2), {"note": "of 2"}, 0.1)
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.replaced"]
+        shutil.copytree(tmp_path, tmp_path.with_name("crashed"))
+    assert_is(latest(tmp_path.with_name("crashed")), 2)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() is None
+    save(tmp_path, 2, errors=[0.1])
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_nothing_is_pickled(saved):
+    """A pickle of protocol 2 or later begins with its number and ends with a full stop; NumPy's files have a magic."""
+    for file in saved.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert content[:1] != b"\x80" and content[:6] != b"\x93NUMPY", file

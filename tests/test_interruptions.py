@@ -1,0 +1,258 @@
+"""Stopped anywhere, a run goes on as if nothing had been: real processes, real signals, real disks."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+import input_pipeline
+import recipes
+import runs
+import train
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.photographs(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """A run in one go, and the seconds it took from preparation to end."""
+    begun = time.monotonic()
+    runs.run(folder, folder / "undisturbed", f"--config.num_steps={STEPS}")
+    return folder / "undisturbed", time.monotonic() - begun
+
+
+def kill_somewhere(process, choice, seconds):
+    """Kills a run with SIGKILL: at a random time, or at a random moment after a random step. Returns what it said."""
+    if choice.random() < 0.4:
+        timer = threading.Timer(choice.uniform(0, seconds), process.kill)
+        timer.start()
+        said = process.stdout.read()
+        timer.cancel()
+    else:
+        said = runs.until(process, choice.randrange(1, STEPS))
+        time.sleep(choice.uniform(0, 0.3))  # in the next steps, in an evaluation, or while a checkpoint is written
+        process.kill()
+        said += process.stdout.read()
+    process.wait(60)
+    return said
+
+
+def check_killed_runs(folder, undisturbed, seed, kills):
+    whole, seconds = undisturbed
+    choice = random.Random(seed)
+    done, number = 0, 0
+    while done < kills:
+        number += 1
+        workdir, cache = folder / f"killed-{seed}-{number}", folder / f"cache-{seed}-{number}"
+        while done < kills:
+            before = runs.checkpoints(workdir)
+            with runs.start(folder, workdir, f"--config.num_steps={STEPS}", cache=cache.name) as process:
+                said = kill_somewhere(process, choice, seconds)
+            if "Continuing after step" in said or "Training: " in said:
+                resumed_at = f"Continuing after step {before[-1]}:" if before else "Training: "
+                assert resumed_at in said, (before, said)
+            assert "Traceback" not in said and "warning" not in said
+            if process.returncode != -signal.SIGKILL:
+                break  # it was done sooner
+            done += 1
+            assert runs.checkpoints(workdir)[-1:] >= before[-1:], "a checkpoint is lost"
+        runs.run(folder, workdir, f"--config.num_steps={STEPS}", cache=cache.name)
+        runs.assert_same(workdir, whole, STEPS)
+        assert runs.leftovers(workdir, cache) == []
+        assert runs.checkpoints(workdir) == runs.checkpoints(whole)
+        shutil.rmtree(workdir)
+
+
+def test_killed_runs_end_as_undisturbed_ones(folder, undisturbed):
+    check_killed_runs(folder, undisturbed, seed=0, kills=3)
+
+
+@pytest.mark.slow
+def test_runs_killed_twenty_times_end_as_undisturbed_ones(folder, undisturbed):
+    check_killed_runs(folder, undisturbed, seed=1, kills=20)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_next_start_goes_on(folder, undisturbed, name):
+    workdir = folder / name
+    with runs.start(folder, workdir, f"--config.num_steps={STEPS}") as process:
+        runs.until(process, 7)
+        process.send_signal(signal.Signals[name])
+        begun = time.monotonic()
+        said = process.stdout.read()
+        assert process.wait(60) == {"SIGTERM": 143, "SIGINT": 130}[name], said
+        assert time.monotonic() - begun < 10
+    step = int(said.rpartition(f"Stopped by {name}: step ")[2].split()[0])
+    assert 7 <= step < STEPS, "the signal came too late"
+    assert runs.checkpoints(workdir)[-1] == step
+    assert f"Continuing after step {step}:" in runs.run(folder, workdir, f"--config.num_steps={STEPS}").stdout
+    runs.assert_same(workdir, undisturbed[0], STEPS)
+
+
+def here(folder):
+    """The config of a run within this process, on its four devices."""
+    config = recipes.narrow(num_classes=3, init="he")
+    config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
+    config.update(dict(batch_size=8, eval_batch_size=4, num_steps=15))
+    config.log_every.steps = 3
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_here(folder):
+    assert train.train(here(folder), folder / "whole-here") == 0
+    return folder / "whole-here"
+
+
+@pytest.mark.parametrize("evaluation", [2, 4], ids=["centre", "ten views"])
+def test_a_signal_gives_an_evaluation_up_and_the_next_start_does_it(
+    folder, whole_here, evaluation, monkeypatch, capsys
+):
+    """The second evaluation is that of step 10; the fourth has the ten views after the last step."""
+    count, original = 0, input_pipeline.eval_batches
+
+    def eval_batches(*args, **options):
+        nonlocal count
+        count += 1
+        for number, batch in enumerate(original(*args, **options)):
+            if (count, number) == (evaluation, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    workdir = folder / f"given-up-{evaluation}"
+    monkeypatch.setattr(input_pipeline, "eval_batches", eval_batches)
+    assert train.train(here(folder), workdir) == 143
+    assert count == evaluation
+    assert len(runs.metrics(workdir)) < len(runs.metrics(whole_here))
+    assert runs.checkpoints(workdir)[-1] == (10 if evaluation == 2 else 15)
+    assert "Done" not in capsys.readouterr().out
+    assert train.train(here(folder), workdir) == 0
+    runs.assert_same(workdir, whole_here, 15)
+    assert runs.leftovers(workdir) == []
+
+
+# Disks.
+
+
+def mountable():
+    return shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+def in_own_mounts(*commands):
+    """A prefix that runs shell commands, mounts for the most part, and then what follows, where only that sees them."""
+    return ["unshare", "-rm", "sh", "-c", " && ".join([*commands, 'exec "$@"']), "sh"]
+
+
+@pytest.mark.skipif(not mountable(), reason="this system lets ordinary users mount nothing")
+def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(folder, undisturbed):
+    """A disk of 4 MB takes one checkpoint of 2.5 MB; with more room the run goes on from it."""
+    home, kept = folder / "small", folder / "kept"
+    home.mkdir()
+    prefix = in_own_mounts(
+        f"mount -t tmpfs -o size=4m none {home}", f'"$@"; code=$?; cp -r {home}/run {kept}; exit $code; true'
+    )
+    done = runs.run(folder, home / "run", f"--config.num_steps={STEPS}", prefix=prefix, expect=2)
+    said = runs.sentence(done.stderr)
+    assert "The checkpoint of step 10 cannot be written" in said and "No space left on device" in said
+    assert "can go on from step 5" in said
+    assert runs.checkpoints(kept) == [5] and runs.leftovers(kept) == []
+    assert "after step 5:" in runs.run(folder, kept, f"--config.num_steps={STEPS}").stdout
+    runs.assert_same(kept, undisturbed[0], STEPS)
+
+
+def test_files_that_may_not_grow_end_in_a_sentence(folder):
+    """The same without mounts: the system refuses to write more than 600 blocks to a file."""
+    workdir = folder / "limited"
+    prefix = ["sh", "-c", 'ulimit -f 600; exec "$@"', "sh"]
+    said = runs.sentence(runs.run(folder, workdir, "--config.num_steps=10", prefix=prefix, expect=2).stderr)
+    assert "The checkpoint of step 5 cannot be written" in said
+    assert "File too large. There is none before it." in said
+    assert runs.checkpoints(workdir) == [] and runs.leftovers(workdir) == []
+
+
+@pytest.mark.skipif(not mountable(), reason="this system lets ordinary users mount nothing")
+@pytest.mark.parametrize("begun", [False, True], ids=["empty", "with a run"])
+def test_a_workdir_that_cannot_be_written_is_named(folder, undisturbed, begun):
+    workdir = folder / f"read-only-{begun}"
+    if begun:
+        shutil.copytree(undisturbed[0], workdir)
+    else:
+        workdir.mkdir()
+    before = sorted(workdir.rglob("*"))
+    prefix = in_own_mounts(f"mount --bind {workdir} {workdir}", f"mount -o remount,bind,ro {workdir}")
+    done = runs.run(folder, workdir, f"--config.num_steps={STEPS + 5}", prefix=prefix, expect=2)
+    assert f"--workdir={workdir} cannot be written: Read-only file system" in runs.sentence(done.stderr)
+    assert sorted(workdir.rglob("*")) == before
+
+
+# Hours.
+
+# Runs main.py in this process, and looks at it every second: memory (bytes), open files, bytes on the devices,
+# programs compiled, steps done.
+WATCHED = """
+import json, os, pathlib, sys, threading, time
+import jax
+out, compiled = pathlib.Path(sys.argv.pop(1)), []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+def look():
+    while True:
+        time.sleep(1)
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with out.open("a") as file:
+            row = [resident, len(os.listdir("/proc/self/fd")), sum(a.nbytes for a in jax.live_arrays()), len(compiled)]
+            file.write(json.dumps(row) + "\\n")
+threading.Thread(target=look, daemon=True).start()
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+import cli, main
+sys.exit(cli.run(main.main))
+"""
+
+
+@pytest.mark.slow
+def test_five_thousand_steps_leave_no_trace(folder, tmp_path):
+    """Memory of host and devices, and open files, are flat; every step has its line; nothing compiles twice."""
+    steps, workdir = 5000, folder / "long"
+    python, *arguments = runs.command(
+        folder,
+        workdir,
+        f"--config.num_steps={steps}",
+        "--config.optimizer.learning_rate=0.001",
+        "--config.eval_every.steps=250",
+        "--config.checkpoint_every.steps=250",
+    )
+    log = tmp_path / "looks.jsonl"
+    done = subprocess.run(
+        [python, "-c", WATCHED, str(log), *arguments[1:]],
+        capture_output=True,
+        text=True,
+        cwd=runs.ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    looks = [json.loads(line) for line in log.read_text().splitlines()]
+    middle, end = looks[len(looks) // 3 : len(looks) // 2], looks[-len(looks) // 5 : -3]
+    print(f"{len(looks)} looks; a third on {middle[0]}, near the end {end[-1]}")
+
+    def typical(rows, column):
+        return sorted(row[column] for row in rows)[len(rows) // 2]
+
+    assert typical(end, 0) < 1.03 * typical(middle, 0), "memory of the host grows"
+    assert typical(end, 1) <= typical(middle, 1), "open files grow"
+    assert typical(end, 2) <= typical(middle, 2), "memory of the devices grows"
+    assert end[-1][3] == middle[0][3], "something compiled again"
+    lines = runs.metrics(workdir)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, steps + 1))
+    assert [line["step"] for line in lines if "eval/loss" in line] == list(range(250, steps + 1, 250))
+    assert runs.leftovers(workdir) == []
