@@ -213,8 +213,10 @@ class Records:
         return Index(files, np.concatenate(rows))
 
 
-def open_records(dataset: Any, input: Any) -> Records:
+def open_records(dataset: Any, input: Any, warn: bool = True) -> Records:
     """Opens the data set of a config's `dataset` and `input` sections; prepares it on first use.
+
+    Warns on stderr, unless `warn` is False, of images on which a run would both train and be evaluated.
 
     Raises:
       UserError: the set is not there or has not these splits, or a field cannot work.
@@ -239,7 +241,7 @@ def open_records(dataset: Any, input: Any) -> Records:
             records.num_examples(dataset[field])
         except UserError as error:
             raise UserError(f"dataset.{field}: {error}") from error
-    for warning in _overlaps(records, dataset.train_split, dataset.eval_split):
+    for warning in _overlaps(records, dataset.train_split, dataset.eval_split) if warn else ():
         print(warning, file=sys.stderr, flush=True)
     return records
 

@@ -184,7 +184,7 @@ class Run:
             workdirs.check(config, self.workdir)
         self._shapes = state_shapes(config)
         check_memory(config, self._shapes, jax.process_count())
-        self.records = input_pipeline.open_records(config.dataset, config.input)
+        self.records = input_pipeline.open_records(config.dataset, config.input, warn=self._is_first)
         if self.records.num_classes != config.model.num_classes:
             raise UserError(
                 f"model.num_classes={config.model.num_classes}, but {config.dataset.name} has "

@@ -204,6 +204,8 @@ def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, t
         "rotated.tif": encoded(sideways, "TIFF", exif=turned),
         "rotated.webp": encoded(sideways, "WEBP", lossless=True, exif=turned),
         "exif_garbage.jpg": encoded(rgb, exif=b"Exif\0\0garbage" * 40),
+        "exif_garbage.png": encoded(rgb, "PNG", exif=b"Exif\0\0garbage"),
+        "exif_garbage.webp": encoded(rgb, "WEBP", lossless=True, exif=b"Exif\0\0garbage"),
         "exif_endless.jpg": encoded(rgb, exif=b"Exif\0\0II*\0\x08\0\0\0\x00\x00\x08\0\0\0"),
         "icc_garbage.jpg": encoded(rgb, icc_profile=b"garbage" * 1000),
         "icc_garbage.png": encoded(rgb, "PNG", icc_profile=b"garbage" * 1000),

@@ -201,23 +201,26 @@ def test_a_workdir_that_cannot_be_written_is_named(folder, undisturbed, begun):
 # Runs main.py in this process, and looks at it every second: memory (bytes), open files, bytes on the devices,
 # programs compiled, steps done.
 WATCHED = """
-import json, os, pathlib, sys, threading, time
+import json, os, pathlib, sys, threading
 import jax
 out, compiled = pathlib.Path(sys.argv.pop(1)), []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
 )
 def look():
-    while True:
-        time.sleep(1)
+    while not done.wait(1):
         resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         with out.open("a") as file:
             row = [resident, len(os.listdir("/proc/self/fd")), sum(a.nbytes for a in jax.live_arrays()), len(compiled)]
             file.write(json.dumps(row) + "\\n")
-threading.Thread(target=look, daemon=True).start()
+done = threading.Event()
+threading.Thread(target=look).start()
 sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 import cli, main
-sys.exit(cli.run(main.main))
+try:
+    sys.exit(cli.run(main.main))
+finally:
+    done.set()
 """
 
 

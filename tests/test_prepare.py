@@ -173,7 +173,8 @@ def test_a_label_that_is_none_is_refused(tmp_path):
 
 
 def test_images_in_two_splits_are_counted_and_named(tmp_path):
-    folder = data.make_folder(tmp_path / "photos", {"train": 8, "validation": 4, "test": 6}, size=(50, 40))
+    # Of the right size, so that they become records as they are, and a PNG of the same pixels does not.
+    folder = data.make_folder(tmp_path / "photos", {"train": 8, "validation": 4, "test": 6}, size=80)
     train, test = folder / "train", folder / "test"
     (train / "a/bad.jpg").touch()  # those that cannot be read do not count, and shift nothing
     (test / "a/bad.jpg").touch()
@@ -184,7 +185,7 @@ def test_images_in_two_splits_are_counted_and_named(tmp_path):
     shutil.copy(test / "a/0000.jpg", test / "a/0000_again.jpg")  # within a split, which is nobody's concern
     shutil.copy(test / "a/0000.jpg", folder / "validation/a/as_in_test.jpg")
 
-    opened = prepare(folder, tmp_path, allow_unreadable=2)
+    opened = prepare(folder, tmp_path, size=80, allow_unreadable=2)
     summary = input_pipeline.read_summary(opened.directory)
     assert summary["overlap"] == {"test/train": 4}
     assert summary["overlap_as"] == {
@@ -236,6 +237,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot take"):
         prepare(folder, tmp_path)
+    with pytest.raises(UserError, match=r"^~nobody-here/photos, .*home directory"):
+        prepare("~nobody-here/photos", tmp_path)
 
 
 # ImageNet and the generated set.
