@@ -69,20 +69,12 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; whatever is wrong with one of them, or with the config's file, ends in a sentence."""
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            _check_config(flags.FLAGS["config"])
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        if config is not None and not hasattr(config, "to_dict"):  # which raises what went wrong in opening the file
+            raise UserError(f"--config={_config_flag(argv)}: get_config() returns no ConfigDict: {shown(config)}.")
         return rest
     except Exception as error:
         _fail(_explained(error, argv))
-
-
-def _check_config(flag: flags.Flag) -> None:
-    """Refuses what no `ConfigDict` came of, and whole sections from the command line."""
-    if not hasattr(flag.value, "to_dict"):  # which raises what went wrong in opening the file
-        raise UserError(f"--config={flag.config_filename}: get_config() returns no ConfigDict: {shown(flag.value)}.")
-    for field, value in config_flags.get_override_values(flag).items():
-        if hasattr(value, "to_dict"):
-            raise UserError(f"--config.{field} is a section; give its fields, as --config.{field}.NAME=….")
 
 
 def _explained(error: Exception, argv: list[str]) -> str:
@@ -92,8 +84,8 @@ def _explained(error: Exception, argv: list[str]) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        reason = str(error).rpartition("failure to load: ")[2].strip().splitlines()[-1]
-        return f"--config={file} cannot be loaded: {reason.strip()}"
+        reason = str(error).rpartition("failure to load: ")[2].strip() or "OSError"
+        return f"--config={file} cannot be loaded: {reason.splitlines()[-1].strip()}"
     if in_file := _mistake_in(file, error):
         return f"--config={file} cannot be loaded: {in_file}"
     if not isinstance(error, flags.Error):

@@ -1,4 +1,4 @@
-"""Training: the state, one step, and the loop over steps."""
+"""Training: a run in its workdir, the loop over steps, and what is refused before it begins."""
 
 import collections
 import dataclasses
@@ -27,19 +27,10 @@ import metrics
 import models
 import optimizer
 import parallel
+import update
 import workdirs
 from configs import alexnet
 from errors import UserError, check_ranges, check_type, nearest, shown
-
-
-@flax.struct.dataclass
-class State:
-    """What an update changes: the number of updates done, parameters, and the optimizer's velocity."""
-
-    step: Any
-    params: Any
-    opt_state: Any
-
 
 # Updates are counted in an int32.
 MAX_STEPS = (1 << 31) - 1
@@ -84,25 +75,7 @@ class Durations:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
 
-def build_network(config, layout: parallel.Layout | None = None):
-    """The network of a config: as merged trees hold it, or as a device of `layout` sees it."""
-    placement = layout.towers(config.model.towers) if layout else None
-    return models.build(config.model, placement, config.input.crop)
-
-
-def init_state(config, rule: optax.GradientTransformation) -> State:
-    """The merged state before the first update, a function of `config.seed` alone."""
-    network = build_network(config)
-
-    def init(key):
-        images = jnp.zeros((1, config.input.crop, config.input.crop, 3))
-        params = network.init(key, images)["params"]
-        return State(step=jnp.int32(0), params=params, opt_state=rule.init(params))
-
-    return jax.jit(init)(jax.random.key(config.seed))
-
-
-def state_shapes(config) -> State:
+def state_shapes(config) -> update.State:
     """The merged state's shapes and types, without computing anything.
 
     Raises:
@@ -110,53 +83,7 @@ def state_shapes(config) -> State:
     """
     validate(config)
     rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
-    return jax.eval_shape(lambda: init_state(config, rule))
-
-
-def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformation, mean_image: np.ndarray):
-    """Builds the update on all devices.
-
-    Args:
-      rule: of `optimizer.build`.
-      mean_image: (S, S, 3) float32; its central crop is subtracted from every view, as in the source of 2012.
-
-    Returns:
-      A function of (sharded state, sharded batch, rate factor, stop) giving (the next state, values): 'loss' and
-      'top1_error', means over the global batch, and 'stop', the largest of the processes' numbers of that name. It
-      consumes the state.
-    """
-    network = build_network(config, layout)
-    mean = evaluate.center(mean_image, config.input.crop)
-
-    def step(state, batch, rate_factor, stop):
-        batch = layout.gather_rows(batch)
-        images = batch["image"].astype(jnp.float32) - mean + batch["shift"][:, None, None, :]
-        images = images * batch["gain"][:, None, None, None]
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def loss_of(params):
-            logits = network.apply(
-                {"params": params},
-                images,
-                train=True,
-                rows=layout.row_numbers(len(images)),
-                rngs={"dropout": key},
-            )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-            top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
-            # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
-            return loss / layout.devices_per_network, {"loss": loss, "top1_error": top1_error}
-
-        gradients, values = jax.grad(loss_of, has_aux=True)(state.params)
-        gradients, values = layout.mean((gradients, values))
-        updates, opt_state = rule.update(
-            gradients, state.opt_state, state.params, step=state.step, rate_factor=rate_factor
-        )
-        params = optax.apply_updates(state.params, updates)
-        values["stop"] = layout.largest(stop)
-        return State(step=state.step + 1, params=params, opt_state=opt_state), values
-
-    return layout.map(step, donate=(0,), broadcast=(2, 3))
+    return jax.eval_shape(lambda: update.init_state(config, rule))
 
 
 class Run:
@@ -195,7 +122,7 @@ class Run:
         rates.tree(self._shapes.params, 0)  # refuses layers that the network does not have
         self._compare_processes()
         rule = optimizer.build(config.optimizer, rates)
-        self._train_step = build_step(config, self.layout, rule, self.records.mean_image)
+        self._train_step = update.build_step(config, self.layout, rule, self.records.mean_image)
         self._evaluators = {}
         self._meter = metrics.Meter(config.batch_size)
         self.plateau, self.evaluated, self.resumed = optimizer.Plateau(), 0, False
@@ -236,7 +163,7 @@ class Run:
             if differ := workdirs.differences(first, other, own, ("in process 0", f"in process {number}")):
                 raise UserError(f"All processes of a run need the same config and data. Different: {differ}.")
 
-    def _open(self, rule: optax.GradientTransformation) -> tuple[State, dict[str, Any]]:
+    def _open(self, rule: optax.GradientTransformation) -> tuple[update.State, dict[str, Any]]:
         """Opens the workdir; the merged state to begin with, and what a checkpoint knows besides ({} without one)."""
         # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
         begun = any((self.workdir / "checkpoints").glob("[0-9]*"))
@@ -246,7 +173,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(self.workdir)
         if restored := self.checkpoints.restore_latest(self._shapes):
             return restored
-        state = jax.device_get(init_state(self.config, rule))
+        state = jax.device_get(update.init_state(self.config, rule))
         params = flax.traverse_util.flatten_dict(state.params)
         if taken_over:
             new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
@@ -318,7 +245,7 @@ class Run:
     def evaluate(self, params: Any, views: str) -> dict[str, float]:
         """Errors of sharded parameters on the evaluation split; see `evaluate.run`, also for what it raises."""
         if views not in self._evaluators:
-            network = build_network(self.config, self.layout)
+            network = update.build_network(self.config, self.layout)
             self._evaluators[views] = evaluate.build(
                 network, self.layout, self.records.mean_image, self.config.input, views
             )
@@ -541,7 +468,7 @@ def _check_fields(config, like, section: str = "") -> None:
             raise UserError(f"{field}={shown(config[name])} must be a section with the fields {', '.join(default)}.")
 
 
-def check_memory(config, shapes: State, processes: int = 1) -> None:
+def check_memory(config, shapes: update.State, processes: int = 1) -> None:
     """Refuses a run that this machine's memory cannot hold, before anything of it is allocated; raises `UserError`.
 
     Counted is what one of `processes` hosts holds at least: the state and its gradients, and of either kind of batch
@@ -554,7 +481,9 @@ def check_memory(config, shapes: State, processes: int = 1) -> None:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     if jax.default_backend() == "cpu":
-        apply = functools.partial(build_network(config).apply, capture_intermediates=True, mutable=["intermediates"])
+        apply = functools.partial(
+            update.build_network(config).apply, capture_intermediates=True, mutable=["intermediates"]
+        )
         image = jax.ShapeDtypeStruct((1, crop, crop, 3), jnp.float32)
         per_view += size(jax.eval_shape(apply, {"params": shapes.params}, image)[1])
     fields = [f for f in ("width", "features", "num_classes", "pool_stride") if f in config.model]
@@ -579,7 +508,7 @@ def check_memory(config, shapes: State, processes: int = 1) -> None:
         )
 
 
-def pretrained(config, shapes: State) -> dict[tuple[str, ...], np.ndarray]:
+def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray]:
     """The parameters of the workdir `config.init_from` that have the shapes of this network's, by path.
 
     Raises:

@@ -72,4 +72,4 @@ class CifarNet(nn.Module):
         if self.towers != 1:
             raise UserError(f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
         check_ranges(vars(self), {"num_classes": (2, 1 << 20)}, "model.")
-        check_ranges({"crop": image_size}, {"crop": (8, 4096)}, "input.")
+        check_ranges({"crop": image_size}, {"crop": (12, 4096)}, "input.")  # the third pooling needs its 3 pixels

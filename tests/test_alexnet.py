@@ -10,7 +10,7 @@ import models
 import optimizer
 import recipes
 import reference
-import train
+import update
 from configs import alexnet
 from errors import UserError
 from models.alexnet import LAYERS
@@ -32,7 +32,7 @@ def case(order="paper", **model):
     random = np.random.default_rng(3)
     images = random.normal(0, 60, (6, 67, 67, 3)).astype(np.float32)
     labels = random.integers(0, 7, 6)
-    network = train.build_network(config)
+    network = update.build_network(config)
     params = jax.device_get(network.init(jax.random.key(1), images))["params"]
     # Weights twice as wide as the recipe's: every layer then matters for the loss of so narrow a network.
     params = jax.tree.map(lambda leaf: (2 * leaf).astype(np.float32), params)
@@ -139,7 +139,7 @@ def test_towers_do_not_see_each_other_but_where_they_exchange():
 @pytest.mark.parametrize("name", LAYERS[1:-1])
 def test_any_middle_layer_can_be_left_out(name):
     config = recipes.narrow(without=(name,))
-    network = train.build_network(config)
+    network = update.build_network(config)
     images = np.random.default_rng(0).normal(0, 60, (2, 67, 67, 3)).astype(np.float32)
     params = network.init(jax.random.key(0), images)["params"]
     assert set(params) == set(LAYERS) - {name}
@@ -153,7 +153,7 @@ def test_initial_weights():
         config = alexnet.get_config()
         config.model.init = init
         config.model.features = (96, 256, 384, 384, 256, 512, 512)
-        network = train.build_network(config)
+        network = update.build_network(config)
         return jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
 
     for init, conv4 in (("paper", 0.01), ("2012", 0.03)):
@@ -181,7 +181,7 @@ def test_dropout_masks_follow_the_example_not_its_place():
 def test_bfloat16_keeps_float32_parameters_and_logits():
     config, _, params, images, _ = case()
     config.model.dtype = "bfloat16"
-    network = train.build_network(config)
+    network = update.build_network(config)
     logits = network.apply({"params": params}, images)
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(network.init(jax.random.key(0), images))} == {jnp.dtype("float32")}

@@ -11,7 +11,7 @@ import evaluate
 import optimizer
 import parallel
 import recipes
-import train
+import update
 
 SIZE, CROP, CLASSES = 12, 9, 7
 INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=0.5))
@@ -85,8 +85,8 @@ def test_two_towers_evaluate_as_one_device():
         layout = parallel.Layout(per_network, devices=jax.devices()[:devices])
         if params is None:
             rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
-            params = jax.device_get(train.init_state(config, rule)).params
-        network = train.build_network(config, layout)
+            params = jax.device_get(update.init_state(config, rule)).params
+        network = update.build_network(config, layout)
         step = evaluate.build(network, layout, recipes.mean_image(), config.input, "ten")
         seen.append(evaluate.run(step, layout.shard(params), batches(images, labels, 8), layout))
     assert seen[1] == pytest.approx(seen[0], rel=1e-5)

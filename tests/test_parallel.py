@@ -10,6 +10,7 @@ import optimizer
 import parallel
 import recipes
 import train
+import update
 from errors import UserError
 
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
@@ -20,8 +21,8 @@ def run(config, layout, steps, mean_image=None, merged=None):
     rates = optimizer.Rates(config.optimizer, config.schedule, 5.0)
     rule = optimizer.build(config.optimizer, rates)
     mean_image = recipes.mean_image() if mean_image is None else mean_image
-    step = train.build_step(config, layout, rule, mean_image)
-    state = layout.shard(merged or jax.device_get(train.init_state(config, rule)))
+    step = update.build_step(config, layout, rule, mean_image)
+    state = layout.shard(merged or jax.device_get(update.init_state(config, rule)))
     losses = []
     for i in range(int(merged.step) if merged else 0, steps):
         state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1), np.float32(0))
