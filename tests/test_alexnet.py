@@ -14,7 +14,6 @@ import update
 from configs import alexnet
 from errors import UserError
 from models.alexnet import LAYERS
-from tools import describe
 
 
 def as_float64(tree):
@@ -25,6 +24,11 @@ def close(mine, theirs, what=""):
     """1e-5 of the largest value: single elements near 0 carry the rounding of the sums that made them."""
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=what)
+
+
+def layer_table(variant=""):
+    config = alexnet.get_config(variant)
+    return models.layer_table(config.model, config.input.crop)
 
 
 def case(order="paper", **model):
@@ -97,7 +101,7 @@ def test_three_updates_with_dropout_are_the_references(order):
     ],
 )
 def test_published_sizes(variant, parameters, multiply_adds, exchange):
-    rows = describe.layer_table(alexnet.get_config(variant))
+    rows = layer_table(variant)
     assert sum(row.parameters for row in rows) == parameters
     assert sum(row.exchange for row in rows) == exchange
     if multiply_adds:
@@ -106,7 +110,7 @@ def test_published_sizes(variant, parameters, multiply_adds, exchange):
 
 def test_layer_table_of_the_paper():
     """Sizes of the maps and of the weights, layer by layer, and where the towers meet."""
-    rows = {row.name: row for row in describe.layer_table(alexnet.get_config())}
+    rows = {row.name: row for row in layer_table()}
     assert list(rows) == list(LAYERS)
     assert [rows[name].output for name in LAYERS[:5]] == [
         (55, 55, 96),

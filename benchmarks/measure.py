@@ -1,0 +1,113 @@
+"""What the benchmarks share: the recipe, interleaved timing, the machine's own rate, and the JSON line.
+
+Nothing here needs TensorFlow, clu or ml_collections.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class _Fields(dict):
+    """Stands in for `ml_collections.ConfigDict` where that is not installed: a dictionary whose keys are attributes."""
+
+    def __setattr__(self, name, value):
+        self[name] = _Fields(value) if isinstance(value, dict) else value
+
+    __getattr__ = dict.__getitem__
+
+
+def recipe() -> Any:
+    """The config of configs/alexnet.py."""
+    try:
+        import ml_collections  # noqa: F401
+    except ImportError:
+        sys.modules["ml_collections"] = types.SimpleNamespace(ConfigDict=_Fields)
+    from configs import alexnet
+
+    return alexnet.get_config()
+
+
+def interleaved(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Times the candidates in turn, `rounds` times, so that what else the machine does meets them alike.
+
+    Args:
+      candidates: functions that do some work and return the seconds it took for one unit of it.
+
+    Returns:
+      The seconds of each, by round.
+    """
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            seconds[name].append(candidate())
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+    """How many times faster `fast` was than `slow`: the median over rounds, the least and the most."""
+    ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def clock(function: Callable[[], Any], at_least: float = 0.0) -> float:
+    """Seconds of one call, repeated until `at_least` seconds have passed."""
+    begun, calls = time.perf_counter(), 0
+    while True:
+        function()
+        calls += 1
+        passed = time.perf_counter() - begun
+        if passed >= at_least:
+            return passed / calls
+
+
+def matrix_product(dtype: str, size: int = 0) -> Callable[[], float]:
+    """A candidate for `interleaved`: seconds of a floating-point operation (a multiply-add is two) in a square product.
+
+    `size` is the side; 0 takes 2048 on CPUs and 8192 elsewhere, beyond which the rate no longer rises.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    return lambda: clock(lambda: product(a).block_until_ready(), 0.3) / (2 * size**3)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    device = jax.devices()[0]
+    name = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {
+        "device": name if device.platform == "cpu" else device.device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def report(name: str, values: dict[str, Any]) -> None:
+    """Prints the JSON line that ends a benchmark, its numbers to four digits."""
+
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    print(json.dumps({"benchmark": name} | rounded(values) | machine()), flush=True)

@@ -1,0 +1,201 @@
+"""Images a second of the training step on data that are already on the device: `python -m benchmarks.step`.
+
+    python -m benchmarks.step --compare=torch                   beside PyTorch (pip install torch==2.13.0)
+    python -m benchmarks.step --compare=layouts --devices=2     two devices, a tower on each, beside one
+    python -m benchmarks.step --batch_sizes=16,32,64,128        time against the batch
+    python -m benchmarks.step --widths=0.25,0.5,1               and against the width
+
+The full step of configs/alexnet.py: forward, backward, update, dropout, response normalisation. What is compared runs
+in turn, round by round, and the machine's own rate of matrix products in the same type is measured between.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import measure
+
+
+class Step:
+    """Our training step, compiled, on one layout of devices."""
+
+    def __init__(self, config, devices: int, devices_per_network: int):
+        import optimizer
+        import parallel
+        import update
+
+        layout = parallel.Layout(
+            devices_per_network,
+            towers=config.model.towers,
+            batch_size=config.batch_size,
+            devices=jax.devices()[:devices],
+        )
+        rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
+        self.host_batch, self.mean = _batch(config), np.full((config.input.resize,) * 2 + (3,), 118.0, np.float32)
+        merged = jax.device_get(update.init_state(config, rule))
+        self.params = merged.params
+        self._state, self._batch = layout.shard(merged), layout.put(self.host_batch)
+        rest = np.float32(1), np.float32(0)
+        begun = time.perf_counter()
+        step = update.build_step(config, layout, rule, self.mean).lower(self._state, self._batch, *rest).compile()
+        self.compile_seconds = time.perf_counter() - begun
+        self._step = functools.partial(_call, step, rest)
+        self._memory = step.memory_analysis()
+        self._network = update.build_network(config, layout)
+        self._forward, self._layout = layout.map(self._logits), layout
+
+    def _logits(self, params, batch):
+        import evaluate
+
+        batch = self._layout.gather_rows(batch)
+        crop = batch["image"].shape[1]
+        images = batch["image"].astype("float32") - evaluate.center(self.mean, crop) + batch["shift"][:, None, None, :]
+        return self._network.apply({"params": params}, images)
+
+    def train(self) -> None:
+        """One update."""
+        self._state, values = self._step(self._state, self._batch)
+        jax.block_until_ready(values)
+
+    def forward(self) -> np.ndarray:
+        """The logits of the batch, in evaluation."""
+        import parallel
+
+        return parallel.first(jax.block_until_ready(self._forward(self._state.params, self._batch)))
+
+    def peak_memory(self) -> int:
+        """Bytes that a device needs: what it counted itself, or else what the compiler has planned."""
+        counted = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        planned = self._memory
+        return counted or (
+            planned.argument_size_in_bytes
+            + planned.output_size_in_bytes
+            + planned.temp_size_in_bytes
+            - planned.alias_size_in_bytes
+        )
+
+
+def _call(step, rest, state, batch):
+    return step(state, batch, *rest)
+
+
+def _batch(config) -> dict[str, np.ndarray]:
+    random, count, crop = np.random.default_rng(0), config.batch_size, config.input.crop
+    return {
+        "image": random.integers(0, 256, (count, crop, crop, 3)).astype(np.uint8),
+        "label": random.integers(0, config.model.num_classes, count).astype(np.int32),
+        "shift": random.normal(0, 12, (count, 3)).astype(np.float32),
+        "gain": np.ones(count, np.float32),
+    }
+
+
+def training_flops(config) -> int:
+    """Floating-point operations of an image in training: forward, and both gradients but that of conv1's input."""
+    import models
+
+    rows = models.layer_table(config.model, config.input.crop)
+    return 2 * (3 * sum(row.multiply_adds for row in rows) - rows[0].multiply_adds)
+
+
+def run(config, args) -> dict[str, Any]:
+    """Measures one config."""
+    import models
+
+    steps = {"jax": Step(config, args.devices, args.devices_per_network)}
+    candidates = {}
+    if args.compare == "layouts":
+        steps["one device"] = Step(config, 1, 1)
+    if args.compare == "torch":
+        from benchmarks import torch_alexnet
+
+        ours = steps["jax"]
+        steps["torch"] = torch_alexnet.Step(
+            ours.params,
+            ours.host_batch,
+            _center(ours.mean, config.input.crop),
+            device="cpu" if jax.default_backend() == "cpu" else "cuda",
+            dtype=config.model.dtype,
+            compiled=args.torch_compile,
+            rate=config.optimizer.learning_rate,
+        )
+        difference = np.abs(ours.forward() - steps["torch"].forward()).max() / np.abs(ours.forward()).max()
+        print(f"the logits of both differ by {difference:.1e} of the largest")
+    for name, step in steps.items():
+        step.train(), step.forward()
+        candidates[f"{name} training"] = functools.partial(measure.clock, step.train, args.seconds)
+        candidates[f"{name} forward"] = functools.partial(measure.clock, step.forward, args.seconds)
+    candidates["product"] = measure.matrix_product(config.model.dtype)
+    seconds = measure.interleaved(candidates, args.rounds)
+
+    batch, flops = config.batch_size, training_flops(config)
+    rows = models.layer_table(config.model, config.input.crop)
+    fractions = [
+        batch * flops * product / step
+        for product, step in zip(seconds["product"], seconds["jax training"], strict=True)
+    ]
+    best = {name: min(values) for name, values in seconds.items()}
+    values = {
+        "batch_size": batch,
+        "width": config.model.width,
+        "dtype": config.model.dtype,
+        "devices": args.devices,
+        "images_per_second": batch / best["jax training"],
+        "forward_images_per_second": batch / best["jax forward"],
+        "flops_per_second": batch * flops / best["jax training"],
+        "product_flops_per_second": 1 / best["product"],
+        "fraction_of_product_rate": statistics.median(fractions),
+        "fraction_best": batch * flops * best["product"] / best["jax training"],
+        "peak_memory_bytes": steps["jax"].peak_memory(),
+        "compile_seconds": steps["jax"].compile_seconds,
+        "multiply_adds": sum(row.multiply_adds for row in rows),
+        "rounds": args.rounds,
+    }
+    for name in set(steps) - {"jax"}:
+        values[f"{name.replace(' ', '_')}_images_per_second"] = batch / best[f"{name} training"]
+        for what in ("training", "forward"):
+            values[f"{what}_times_{name.replace(' ', '_')}"] = measure.ratio(seconds, f"{name} {what}", f"jax {what}")
+    return values
+
+
+def _center(mean, crop):
+    import evaluate
+
+    return evaluate.center(mean, crop)
+
+
+def main() -> None:
+    """Parses the flags, measures, and prints the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--batch_sizes", type=lambda text: [int(n) for n in numbers(text)], default=[128])
+    parser.add_argument("--widths", type=numbers, default=[1.0])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--devices", type=int, default=1, help="devices of the training step; simulated ones on a CPU")
+    parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
+    parser.add_argument("--compare", choices=("torch", "layouts"))
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="torch.compile, which needs a C++ compiler on CPUs"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="at least so long for one measurement")
+    args = parser.parse_args()
+    if args.devices > 1 and jax.config.jax_platforms in (None, "", "cpu") and jax.config.jax_num_cpu_devices < 2:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    results = []
+    for width in args.widths:
+        for batch_size in args.batch_sizes:
+            config = measure.recipe()
+            config.batch_size, config.model.width, config.model.dtype = batch_size, width, args.dtype
+            config.optimizer.learning_rate = 1e-4  # stays finite on noise
+            results.append(run(config, args))
+            print(", ".join(f"{name} {value}" for name, value in results[-1].items()))
+    measure.report("step", results[0] if len(results) == 1 else {"runs": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The same network and training step in PyTorch, as fast as PyTorch makes them, for `benchmarks.step`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CONVOLUTIONS = {"conv1": (4, 0, 1), "conv2": (1, 2, 2), "conv3": (1, 1, 1), "conv4": (1, 1, 2), "conv5": (1, 1, 2)}
+
+
+class AlexNet(torch.nn.Module):
+    """Two towers as grouped convolutions, ReLU, response normalisation, overlapping pooling, dropout.
+
+    Args:
+      params: the merged parameters of the JAX network.
+    """
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+        super().__init__()
+        self.layers = torch.nn.ModuleDict()
+        for name, leaves in params.items():
+            kernel, bias = (torch.tensor(np.asarray(leaves[kind])) for kind in ("kernel", "bias"))
+            if name in CONVOLUTIONS:
+                stride, padding, groups = CONVOLUTIONS[name]
+                kernel = kernel.permute(3, 2, 0, 1).contiguous()
+                side, features = kernel.shape[-1], kernel.shape[0]
+                layer = torch.nn.Conv2d(kernel.shape[1] * groups, features, side, stride, padding, groups=groups)
+            else:
+                if name == "fc6":  # from rows, columns, maps of NHWC to maps, rows, columns
+                    maps = params["conv5"]["bias"].shape[0]
+                    side = round((kernel.shape[0] / maps) ** 0.5)
+                    kernel = kernel.reshape(side, side, maps, -1).permute(2, 0, 1, 3).reshape(len(kernel), -1)
+                kernel = kernel.T.contiguous()
+                layer = torch.nn.Linear(kernel.shape[1], kernel.shape[0])
+            layer.weight.data, layer.bias.data = kernel, bias
+            self.layers[name] = layer
+        # PyTorch divides alpha by the number of maps.
+        self.normalize = torch.nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) with the mean subtracted to (N, classes)."""
+        layers = self.layers
+        overhang = -(x.shape[-1] - 11) % 4
+        x = F.pad(x, (0, overhang, 0, overhang))
+        for name in CONVOLUTIONS:
+            x = F.relu(layers[name](x))
+            if name in ("conv1", "conv2"):
+                x = self._normalize_towers(x)
+            if name in ("conv1", "conv2", "conv5"):
+                x = F.max_pool2d(x, 3, 2)
+        x = x.flatten(1)
+        for name in ("fc6", "fc7"):
+            x = 0.5 * F.dropout(F.relu(layers[name](x)), 0.5, self.training)  # the paper's, which scales in evaluation
+        return layers["fc8"](x)
+
+    def _normalize_towers(self, x):
+        """Each tower normalises over its own maps: they are laid side by side in the batch."""
+        n, maps, height, width = x.shape
+        return self.normalize(x.reshape(2 * n, maps // 2, height, width)).reshape(x.shape)
+
+
+class Step:
+    """The training step: uint8 images on the device to updated weights.
+
+    Args:
+      params, batch, mean: as the JAX step has them.
+      device: 'cpu' or 'cuda'; the latter takes channels_last, bfloat16 autocast (if `dtype` says so), cuDNN's
+        autotuning and a fused optimizer.
+      compiled: whether to use `torch.compile`.
+    """
+
+    def __init__(self, params: Any, batch: dict[str, np.ndarray], mean: np.ndarray, *, device, dtype, compiled, rate):
+        self.device = torch.device(device)
+        self._cuda = self.device.type == "cuda"
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.network = AlexNet(params).to(self.device)
+        layout = torch.channels_last if self._cuda else torch.contiguous_format
+        self.network = self.network.to(memory_format=layout)
+        kernels = [p for name, p in self.network.named_parameters() if name.endswith("weight")]
+        biases = [p for name, p in self.network.named_parameters() if name.endswith("bias")]
+        groups = [{"params": kernels, "weight_decay": 5e-4}, {"params": biases, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=self._cuda or None)
+        self._images = torch.tensor(batch["image"]).to(self.device)
+        self._labels = torch.tensor(batch["label"]).long().to(self.device)
+        self._shift = torch.tensor(batch["shift"]).to(self.device)
+        self._mean = torch.tensor(mean).to(self.device)
+        self._bfloat16 = dtype == "bfloat16"
+        self._layout = layout
+        self._loss = torch.compile(self._loss_of, mode="max-autotune") if compiled else self._loss_of
+        self._forward = torch.compile(self.network) if compiled else self.network
+
+    def _inputs(self):
+        images = self._images.float() - self._mean + self._shift[:, None, None, :]
+        return images.permute(0, 3, 1, 2).contiguous(memory_format=self._layout)
+
+    def _loss_of(self):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            logits = self.network(self._inputs())
+        return F.cross_entropy(logits.float(), self._labels)
+
+    def train(self) -> None:
+        """One update."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss().backward()
+        self.optimizer.step()
+        self.wait()
+
+    @torch.no_grad()
+    def forward(self) -> np.ndarray:
+        """The logits of evaluation."""
+        self.network.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            logits = self._forward(self._inputs())
+        self.wait()
+        return logits.float().cpu().numpy() if self._cuda else logits.float().numpy()
+
+    def wait(self) -> None:
+        """Returns when the device is done."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int | None:
+        """Bytes, on a GPU."""
+        return torch.cuda.max_memory_allocated() if self._cuda else None
