@@ -1,8 +1,9 @@
 """Checkpoints: what a run needs to go on, written by Orbax in the background.
 
-A checkpoint holds the merged state (see `parallel`), so that it is the same whatever devices wrote it, and a record
-`meta` in JSON: the config, what the loop knows besides the state, a checksum of the state, and the versions that wrote
-it. Nothing is pickled. Of several processes the first alone reads and writes checkpoints.
+A checkpoint holds the merged state (see `parallel`), so that it is the same whatever devices wrote it, and a record in
+JSON: `meta` (the config, and what the loop knows besides the state), the validation error, the versions that wrote it,
+and checksums of the state and of the record itself. Nothing is pickled. Of several processes the first alone reads and
+writes checkpoints.
 
 A folder `checkpoints/STEP` is complete: it gets its name when everything in it is written, and nothing in it is ever
 changed. Beside such folders there may be STEP.damaged, which could not be read, and for a moment STEP.replaced.
@@ -10,6 +11,7 @@ changed. Beside such folders there may be STEP.damaged, which could not be read,
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -22,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from errors import UserError
 
@@ -53,21 +54,11 @@ class Checkpoints:
                 self._put_back()
             except OSError as error:
                 raise UserError(f"{self.directory} cannot be written: {error.strerror}.") from None
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(2),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "meta"),
+            item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
-                best_fn=_error,
-                best_mode="min",
-                preservation_policy=keep,
+                preservation_policy=_LatestAndBest(self),
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,
@@ -77,6 +68,10 @@ class Checkpoints:
                 ),
             ),
         )
+        self._errors = {}  # validation errors by step, of the checkpoints that have one
+        for step in self.steps():
+            with contextlib.suppress(_Damaged):
+                self._errors[step] = self._record(step)["error"]
 
     def save(self, step: int, state: Any, meta: dict[str, Any], error: float | None = None) -> None:
         """Begins to save; returns once the arrays are copied.
@@ -91,19 +86,22 @@ class Checkpoints:
           UserError: this one or the one before cannot be written.
         """
         self.wait()
-        meta = meta | {
-            "checksum": checksum(state),
+        record = {
+            "meta": meta,
+            "error": error,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "checksum": checksum(state),
         }
-        self._saving = step
+        self._saving, self._errors[step] = step, error
         with self._explained():
             if step in self.steps():  # the same state, saved before it was evaluated
                 self._path(step).rename(self._path(f"{step}.replaced"))
                 self._manager.reload()
             self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-                metrics=None if error is None else {"error": float(error)},
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record | {"seal": _seal(record)})
+                ),
                 force=True,
             )
 
@@ -150,7 +148,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest validation error, if any was measured."""
-        return self._manager.best_step()
+        errors = {step: self._errors.get(step) for step in self.steps()}
+        return _best(errors)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads (merged state, meta) of a step; `like` gives the structure, shapes and types that are expected.
@@ -163,21 +162,43 @@ class Checkpoints:
         except _Damaged as error:
             raise UserError(f"The checkpoint of step {step} in {self.directory} cannot be read: {error}.") from error
 
-    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    def _record(self, step: int) -> dict[str, Any]:
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-            )
+            record = dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"])
+            seal = record.pop("seal")
         except Exception as error:  # Orbax raises anything on a damaged folder
             raise _Damaged(_reason(error)) from error
-        state, meta = restored["state"], restored["meta"]
+        if seal != _seal(record):
+            raise _Damaged("its record is not the one that was saved")
+        return record
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        record = self._record(step)
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+        try:
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
+                "state"
+            ]
+        except Exception as error:
+            raise _Damaged(_reason(error)) from error
         found = jax.tree.map(lambda leaf, target: leaf.shape == target.shape, state, like)
         if not all(jax.tree.leaves(found)):  # Orbax goes by what was saved
             raise UserError(f"The checkpoint of step {step} in {self.directory} is of a network of other sizes.")
-        if meta.get("checksum") != checksum(state):
+        if record["checksum"] != checksum(state):
             raise _Damaged("its arrays are not those that were saved")
-        return state, meta
+        return state, record["meta"]
+
+    def restore_best(self, like: Any) -> tuple[int, Any] | None:
+        """Reads (step, merged state) of the checkpoint with the lowest validation error that is whole, if any has one.
+
+        Others are warned of and set aside, as in `restore_latest`.
+        """
+        while (step := self.best_step()) is not None:
+            try:
+                return step, self._restore(step, like)[0]
+            except _Damaged as error:
+                self._set_aside(step, error)
+        return None
 
     def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole, or None where there is none.
@@ -205,12 +226,13 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        warning = f"warning: the checkpoint of step {step} cannot be read, the one before is taken: {error}"
+        warning = f"warning: the checkpoint of step {step} cannot be read, another is taken: {error}"
         if not self._read_only:
             aside = self._path(f"{step}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             self._path(step).rename(aside)
             self._manager.reload()
+        self._errors.pop(step, None)
         print(warning, file=sys.stderr)
 
     def _path(self, name: int | str) -> pathlib.Path:
@@ -230,6 +252,19 @@ class Checkpoints:
         self.close()
 
 
+class _LatestAndBest:
+    """Which checkpoints stay, in the form in which Orbax asks."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        best = _best({step: self._checkpoints._errors.get(step) for step in steps})
+        return [step == best or step in steps[-2:] for step in steps]
+
+
 class _Damaged(Exception):
     """A checkpoint that cannot be read; the message says why."""
 
@@ -242,13 +277,25 @@ def checksum(state: Any) -> int:
     return crc
 
 
+def exists(workdir: pathlib.Path) -> bool:
+    """Whether a workdir has a complete checkpoint."""
+    names = (path.name.removesuffix(".replaced") for path in (workdir / "checkpoints").glob("*"))
+    return any(name.isdigit() for name in names)
+
+
+def _best(errors: dict[int, float | None]) -> int | None:
+    """The step with the lowest error; of equal ones the last."""
+    measured = {step: error for step, error in errors.items() if error is not None}
+    return min(measured, key=lambda step: (measured[step], -step)) if measured else None
+
+
+def _seal(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def _reason(error: Exception) -> str:
     """What the system said, or else the first line of the error, cut to a sentence's length."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's long messages end with it
         return os.strerror(int(code[1]))
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.rstrip(".")[:300]
-
-
-def _error(metrics: dict[str, float]) -> float:
-    return metrics["error"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from errors import UserError, fail, nearest, shortened, shown
+from errors import UserError, fail, leave, nearest, shortened, shown
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, not its sentence alone.")
 
@@ -47,7 +47,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
         except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+            leave(128 + signal.SIGINT)
+        except Exception:  # a mistake of ours
+            traceback.print_exc()
+            leave(1)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -1,5 +1,6 @@
 """Mistakes of the user's: one exception, raised anywhere, printed once by `cli.run`; and checks of single values."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -13,9 +14,17 @@ class UserError(Exception):
 
 def fail(sentence: str) -> NoReturn:
     """Ends the process with one sentence and exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(2)  # at its ordinary end JAX would wait for the other processes of a run, which may wait for this one
+    with contextlib.suppress(OSError):  # of a full disk on which the output is kept
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    leave(2)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once: at its ordinary end JAX waits for other processes, which may wait for this one."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

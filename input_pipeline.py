@@ -517,6 +517,8 @@ def _batches(examples, rows: int, num_threads: int | None, records: Records) -> 
             yield batch
     except damaged as error:
         raise UserError(f"A record of {records.directory} is damaged; {_cure(records.directory)}") from error
+    except tf.errors.OpError as error:
+        raise UserError(f"The records of {records.directory} cannot be read: {shortened(error.message)}.") from error
 
 
 def _parse(serialized):

@@ -1,15 +1,17 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a progress line."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
 import rich.console
 import rich.progress
+
+from errors import UserError
 
 
 class Meter:
@@ -109,9 +111,10 @@ class Recorder:
         if not self._active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | finite) + "\n")
-        self._file.flush()
-        self._tensorboard.write_scalars(step, values)
+        with self._explained():
+            self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | finite) + "\n")
+            self._file.flush()
+            self._tensorboard.write_scalars(step, values)
         if "train/images_per_second" in values:
             self._rate = f"{values['train/images_per_second']:,.0f} images/s"
         self.say(f"step {step:>6}  epoch {epoch:6.2f}  {describe(values)}{self._left(step)}")
@@ -140,10 +143,19 @@ class Recorder:
             return
         if self._bar:
             self._bar.stop()
-        self._tensorboard.close()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        sys.stdout.flush()
+        with self._file, self._explained():
+            self._tensorboard.close()
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except Exception as error:  # clu and TensorFlow have exceptions of their own for what they cannot write
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{self._path.parent} cannot take the metrics: {reason}; the run can go on from its last checkpoint."
+            ) from error
 
     def __enter__(self):
         return self
@@ -153,16 +165,14 @@ class Recorder:
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl; a last line that was cut short is left out, and a missing file is empty."""
+    """The objects of a metrics.jsonl; lines that are none, as one cut short, are left out; no file is no line."""
     path = pathlib.Path(path)
-    if not path.exists():
-        return []
     objects = []
-    for line in path.read_text().splitlines():
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                objects.append(values)
     return objects
 
 

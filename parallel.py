@@ -394,8 +394,11 @@ def company() -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         if "RESOURCE_EXHAUSTED" in reason:
             sentence = "The devices have too little memory; halve batch_size and eval_batch_size"
-        elif watch:  # an exchange with a process that was killed fails at once
-            raise UserError(f"{_GONE.format('Another process')} ({reason}).") from error
+        elif watch and (watch.noticed or any(word in reason for word in _EXCHANGES)):
+            # An exchange with a process that has ended fails at once. JAX aborts soon, so nothing is asked here.
+            raise UserError(f"{watch.noticed or _GONE.format('Another process')} ({reason}).") from error
+        elif watch:
+            sentence = "The devices of this process failed"
         else:
             raise
         if watch:
@@ -410,6 +413,7 @@ def company() -> Iterator[None]:
 
 
 _calls = itertools.count()
+_EXCHANGES = ("Gloo", "NCCL", "nccl", "onnection", "ocket", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's messages
 _GONE = (
     "{} of this run has ended or is out of reach; start all of them again, and the run goes on from its last checkpoint"
 )
@@ -429,6 +433,7 @@ class _Watch:
     """
 
     def __init__(self):
+        self.noticed = ""  # that another process has failed, as a sentence
         self._client, self._index = _client(), jax.process_index()
         self._others = [k for k in range(jax.process_count()) if k != self._index]
         self._closed = threading.Event()
@@ -442,23 +447,25 @@ class _Watch:
             unanswered.start()
             try:
                 self._set("alive", str(beat))
-                failure = self._failure()
-                for k, (last, since) in heard.items():
-                    now = self._get(f"alive/{k}")
-                    if now != last:
-                        heard[k] = now, time.monotonic()
-                    elif now != "ended" and time.monotonic() - since > SILENCE:
-                        failure = _GONE.format(f"Process {k}")
+                alive, failed = self._get("alive"), self._get("failed")
                 self._pause()
             except jax.errors.JaxRuntimeError:
-                failure = _GONE.format("Process 0")
+                alive, failed = {}, {0: _GONE.format("Process 0")}
             unanswered.cancel()
             if self._closed.is_set():
                 return
-            if failure:
+            for k, (last, since) in heard.items():
+                now = alive.get(k, "")
+                if k in failed:
+                    self.noticed = failed[k] if not alive else f"Process {k}: {failed[k].rstrip('.')}"
+                elif now != last:
+                    heard[k] = now, time.monotonic()
+                elif now != "ended" and time.monotonic() - since > SILENCE:
+                    self.noticed = _GONE.format(f"Process {k}")
+            if self.noticed:
                 if self._index == 0:
                     self._linger()
-                fail(f"{failure}.")
+                fail(f"{self.noticed}.")
 
     def _pause(self):
         """Waits for a second, or until process 0 is gone: JAX itself aborts only a moment later."""
@@ -472,24 +479,20 @@ class _Watch:
         self._client.key_value_set(f"{key}/{self._index}", value, allow_overwrite=True)
 
     def _get(self, key):
-        return dict(self._client.key_value_dir_get(f"{key.partition('/')[0]}/")).get(key, "")
+        """What the processes have set, by process."""
+        return {int(path.rpartition("/")[2]): value for path, value in self._client.key_value_dir_get(f"{key}/")}
 
     def _linger(self):
         """Gives the others time to read, before exchanges with this process fail and the store goes with process 0."""
-        time.sleep(5 if self._index == 0 else 2)
-
-    def _failure(self):
-        for k in self._others:
-            if sentence := self._get(f"failed/{k}"):
-                return f"Process {k}: {sentence.rstrip('.')}"
-        return ""
+        time.sleep(6 if self._index == 0 else 3)
 
     def close(self, failure: str = "") -> None:
         """Ends the watch; `failure` tells the others why this process cannot go on."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            if failure:
+        if failure:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._set("failed", failure)
                 self._linger()
-            self._closed.set()
-            self._thread.join(SILENCE)
+        self._closed.set()
+        self._thread.join(SILENCE)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._set("alive", "ended")

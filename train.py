@@ -166,9 +166,10 @@ class Run:
     def _open(self, rule: optax.GradientTransformation) -> tuple[update.State, dict[str, Any]]:
         """Opens the workdir; the merged state to begin with, and what a checkpoint knows besides ({} without one)."""
         # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
-        begun = any((self.workdir / "checkpoints").glob("[0-9]*"))
+        begun = checkpoint.exists(self.workdir)
         taken_over = pretrained(self.config, self._shapes) if self.config.init_from and not begun else {}
 
+        self._lock = workdirs.lock(self.workdir)
         workdirs.write_config(self.config, self.workdir)
         self.checkpoints = checkpoint.Checkpoints(self.workdir)
         if restored := self.checkpoints.restore_latest(self._shapes):
@@ -304,25 +305,26 @@ class Run:
             self.save()
         if self._is_first:
             self.checkpoints.wait()
+        parallel.gather_text("saved")  # so that no process says so before it is
         name = next(signals.name for signals in StopSignal.CODES if StopSignal.CODES[signals] == code)
         self.recorder.say(f"Stopped by {name}: step {self.step} is saved, and the same command goes on from there.")
 
     def finish(self) -> None:
         """Ends the run: ten views of the best checkpoint, and what to do next."""
-        tested, best = {}, self.step
+        tested, best, state = {}, self.step, None
         if self._is_first:
             self.checkpoints.wait()
-            best = self.checkpoints.best_step() or self.step
             for line in metrics.read_lines(self.workdir / "metrics.jsonl"):
                 if line["step"] == self.step and "test/top1_error" in line:
                     tested = {name: value for name, value in line.items() if name.startswith("test/")}
+            if not tested and self.checkpoints.best_step() not in (None, self.step):
+                best, state = self.checkpoints.restore_best(self._shapes) or (self.step, None)
         values, best = json.loads(parallel.gather_text(json.dumps((tested, best)))[0])
         if not values:
             params = self.state.params
             if best != self.step:
-                state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
-                if self._is_first:
-                    state = self.checkpoints.restore(best, self._shapes)[0]
+                if state is None:
+                    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
                 params = self.layout.shard(parallel.from_first(state.params))
             values = {f"test/{name}": value for name, value in self.evaluate(params, "ten").items()}
             values["test/step"] = best
@@ -365,6 +367,7 @@ to train further  the same command with --config.{doubled}"""
         finally:
             if self._is_first:
                 self.checkpoints.close()
+                self._lock.close()
 
 
 class StopSignal:
@@ -380,7 +383,7 @@ class StopSignal:
         self.code = 0
 
     def _note(self, number, _):
-        if number == signal.SIGINT and self.code:
+        if number == signal.SIGINT and self.code == self.CODES[signal.SIGINT]:
             raise KeyboardInterrupt
         self.code = self.CODES[number]
         print(f"{signal.Signals(number).name}: saving after this step.", file=sys.stderr, flush=True)
@@ -514,11 +517,12 @@ def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray
     Raises:
       UserError: it is no workdir, or nothing in it fits.
     """
+    origin = workdirs.expanded(config.init_from, "init_from")
     try:
-        theirs = state_shapes(workdirs.read_config(config.init_from))
+        theirs = state_shapes(workdirs.read_config(origin))
     except UserError as error:
         raise UserError(f"init_from={shown(config.init_from)}: {error}") from None
-    with checkpoint.Checkpoints(config.init_from, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(origin, read_only=True) as checkpoints:
         best = checkpoints.best_step()
         restored = checkpoints.restore_latest(theirs) if best is None else checkpoints.restore(best, theirs)
     if not restored:

@@ -1,12 +1,17 @@
-"""The config in a run's folder: written once, compared at every start, and read by the tools."""
+"""The folder of a run and the config in it: compared and written at every start, and read by the tools."""
 
+import fcntl
 import json
 import pathlib
-from typing import Any
+import time
+from typing import IO, Any
 
 import ml_collections
 
 from errors import UserError
+
+# For so long a start waits for a run that was asked to stop and is saving.
+SECONDS_TO_END = 30
 
 # A run may be continued with other values of these; every other difference makes it another run.
 CONTINUABLE = (
@@ -27,13 +32,13 @@ def to_json(config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def expanded(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The path of a workdir, whose ~ is the user's home; raises `UserError` where it can be none."""
+def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
+    """The path of a workdir, whose ~ is the user's home; raises `UserError`, with `field`, where it can be none."""
     try:
         path = pathlib.Path(workdir).expanduser()
         str(path).encode()  # TensorBoard's files have names in UTF-8
     except (RuntimeError, UnicodeError) as error:
-        raise UserError(f"--workdir={workdir} cannot be a path: {error}") from None
+        raise UserError(f"{field}={workdir} cannot be a path: {error}") from None
     return path
 
 
@@ -89,10 +94,33 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def lock(workdir: pathlib.Path) -> IO:
+    """Makes the folder, and keeps other runs from it until the file that is returned is closed, or the process ends.
+
+    Raises:
+      UserError: it cannot be written, or another run holds it for longer than one takes that is about to end.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from None
+    for _ in range(SECONDS_TO_END):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return file
+        else:
+            return file
+    file.close()
+    raise UserError(f"--workdir={workdir} is in use by another run; wait for its end, or take another folder.")
+
+
 def write_config(config, workdir: pathlib.Path) -> None:
     """Writes config.json, whole or not at all."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         partial = workdir / "config.json.tmp"
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
         partial.replace(workdir / "config.json")

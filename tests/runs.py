@@ -52,9 +52,11 @@ def command(folder, workdir, *arguments, devices=2, cache="cache"):
     ]
 
 
-def run(*args, expect=0, prefix=(), env=None, **options):
+def run(*args, expect=0, prefix=(), env=None, cwd=None, **options):
     """Runs to the end; `prefix` stands before the command."""
-    done = subprocess.run([*prefix, *command(*args, **options)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [*prefix, *command(*args, **options)], capture_output=True, text=True, timeout=300, env=env, cwd=cwd
+    )
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

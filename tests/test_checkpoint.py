@@ -10,6 +10,9 @@ import pytest
 import checkpoint
 from errors import UserError
 
+# Of TensorStore's threads, which outlive a failed reading; `cli` keeps them from the user.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(step):
     """A merged state with arrays of several sizes, one of them as a network's, that does not compress."""
@@ -34,13 +37,13 @@ def latest(workdir):
 
 def assert_is(restored, step):
     jax.tree.map(np.testing.assert_array_equal, restored[0], state(step))
-    assert restored[1]["note"] == f"of {step}"
+    assert restored[1] == {"note": f"of {step}"}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
-    save(workdir, 1, 2)
+    save(workdir, 1, 2, errors=[0.5, 0.25])
     return workdir
 
 
@@ -65,8 +68,6 @@ def flip(file):
     file.write_bytes(content)
 
 
-# Of TensorStore's threads, which outlive a failed reading; `cli` keeps them from the user.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncate, flip], ids=["missing", "truncated", "one bit"])
 def test_any_damage_to_any_file_gives_the_same_state_or_the_one_before(saved, tmp_path, capsys, damage):
     files = [file.relative_to(saved) for file in (saved / "checkpoints/2").rglob("*") if file.is_file()]
@@ -77,14 +78,49 @@ def test_any_damage_to_any_file_gives_the_same_state_or_the_one_before(saved, tm
         damage(workdir / file)
         restored = latest(workdir)
         said = capsys.readouterr().err
+        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+            assert checkpoints.best_step() == checkpoints.steps()[-1]
         if (workdir / "checkpoints/2.damaged").is_dir():
             assert_is(restored, 1)
-            assert "warning: the checkpoint of step 2 cannot be read, the one before is taken" in said
+            assert "warning: the checkpoint of step 2 cannot be read, another is taken" in said
             passed_over.append(file)
         else:
             assert_is(restored, 2)
     size = {file: (saved / file).stat().st_size for file in files}
     assert max(size, key=size.get) in passed_over, "the arrays are in the largest file"
+
+
+def test_no_byte_of_the_record_can_change_unseen(saved, tmp_path):
+    """As one that would lower the learning rate tenfold."""
+    record = saved / "checkpoints/2/record/metadata"
+    content = record.read_bytes()
+    for place in range(0, len(content), 7):
+        workdir = shutil.copytree(saved, tmp_path / str(place))
+        (workdir / record.relative_to(saved)).write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
+        assert_is(latest(workdir), 1)
+
+
+def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    save(workdir, 3, errors=[0.4])
+    for file in (workdir / "checkpoints/2/state").rglob("*"):
+        if file.is_file():
+            truncate(file)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.best_step() == 2
+        step, restored = checkpoints.restore_best(state(0))
+        assert (step, checkpoints.best_step()) == (3, 3)
+        jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+    assert "step 2 cannot be read" in capsys.readouterr().err
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoints/5.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not checkpoint.exists(tmp_path)
+    (tmp_path / "checkpoints/5.replaced").mkdir()
+    assert checkpoint.exists(tmp_path)
 
 
 def test_half_a_copy_is_passed_over_and_set_aside(saved, tmp_path, capsys):

@@ -25,8 +25,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     """Ten steps in one go, in the paper's layout."""
-    workdir = folder / "whole"
-    return workdir, runs.run(folder, workdir, "--config.num_steps=10").stdout
+    workdir, outside = folder / "whole", folder / "outside"
+    outside.mkdir()
+    places = {"HOME": str(outside), "TMPDIR": str(outside)}
+    said = runs.run(folder, workdir, "--config.num_steps=10", env=os.environ | places, cwd=outside).stdout
+    assert list(outside.rglob("*")) == [], "written outside of workdir and data_dir"
+    return workdir, said
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -131,7 +135,9 @@ def test_init_from_takes_over_what_fits(folder, whole):
         "--config.optimizer.learning_rate=0.0",
     )
     mine = runs.parameters(workdir, 1)
-    best = min((line["eval/top1_error"], line["step"]) for line in runs.metrics(whole[0]) if "eval/top1_error" in line)
+    error, step = min(
+        (line["eval/top1_error"], -line["step"]) for line in runs.metrics(whole[0]) if "eval/top1_error" in line
+    )
     candidates = [
         runs.parameters(whole[0], step) for step in (5, 10) if (whole[0] / "checkpoints" / str(step)).is_dir()
     ]
