@@ -38,6 +38,13 @@ def test_recorder_goes_on_where_the_checkpoint_is(tmp_path):
     assert metrics.read_lines(path) == [*lines[:3], {"step": 4, "epoch": 0.4, "train/loss": None}]
 
 
+def test_what_is_no_line_is_left_out_and_the_rest_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n5\n{}\n{"step": "x"}\n{"step": 2, "epo\n{"step": 3}\n')
+    assert metrics.read_lines(path) == [{"step": 1}, {"step": 3}]
+    assert metrics.read_lines(tmp_path / "none") == []
+
+
 def test_other_processes_write_nothing(tmp_path):
     with metrics.Recorder(tmp_path, step=0, evaluated=0, num_steps=8, active=False) as recorder:
         recorder.write(1, 0.1, {"train/loss": 1.0})

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 
@@ -125,3 +126,22 @@ def test_no_process_waits_for_one_that_is_gone(folder, victim, stop):
         assert processes[1 - victim].wait(60) == 2, said
         assert time.monotonic() - begun < 60
         assert "has ended or is out of reach" in said
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_is_said_by_both(folder, alone):
+    """The second process reads a copy of the data, in which every training record has one bit changed."""
+    copy = shutil.copytree(folder / "cache", folder / "copy")
+    (records,) = copy.rglob("*train*.tfrecord*")
+    content = bytearray(records.read_bytes())
+    for place in range(400, len(content), 1000):
+        content[place] ^= 1
+    records.write_bytes(content)
+    with pair(folder, folder / "one-fails", "--config.num_steps=20", second=[f"--config.dataset.data_dir={copy}"]) as (
+        zero,
+        one,
+    ):
+        said = zero.stdout.read(), one.stdout.read()
+        assert (zero.wait(60), one.wait(60)) == (2, 2), said
+    assert "is damaged; delete" in runs.sentence(said[1])
+    assert "Process 1: A record of" in runs.sentence(said[0])
