@@ -26,9 +26,9 @@ def main(_) -> int | None:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    import parallel
+    import processes
 
-    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     import train
 
     return train.train(CONFIG.value, WORKDIR.value)

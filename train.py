@@ -27,6 +27,7 @@ import metrics
 import models
 import optimizer
 import parallel
+import processes
 import update
 import workdirs
 from configs import alexnet
@@ -130,12 +131,12 @@ class Run:
         state, known = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes), {}
         if self._is_first:
             state, known = self._open(rule)
-        known = json.loads(parallel.gather_text(json.dumps(known))[0])
+        known = json.loads(processes.gather_text(json.dumps(known))[0])
         if known:
             self.resumed = True
             self.plateau, self.evaluated = optimizer.Plateau(**known["plateau"]), known["evaluated"]
             self._meter.restore(known["meter"])
-        state = parallel.from_first(state)
+        state = processes.from_first(state)
         self.step = self._saved = int(state.step)
         self.state = self.layout.shard(state)
 
@@ -156,7 +157,7 @@ class Run:
                 "statistics": checkpoint.checksum([self.records.mean_image, self.records.principal_std]),
             },
         }
-        first, *others = map(json.loads, parallel.gather_text(json.dumps(mine)))
+        first, *others = map(json.loads, processes.gather_text(json.dumps(mine)))
         for number, other in enumerate(others, 1):
             # Where the data lie is a machine's own concern.
             own = ("config.dataset.name", "config.dataset.data_dir", "config.input.threads")
@@ -305,7 +306,7 @@ class Run:
             self.save()
         if self._is_first:
             self.checkpoints.wait()
-        parallel.gather_text("saved")  # so that no process says so before it is
+        processes.gather_text("saved")  # so that no process says so before it is
         name = next(signals.name for signals in StopSignal.CODES if StopSignal.CODES[signals] == code)
         self.recorder.say(f"Stopped by {name}: step {self.step} is saved, and the same command goes on from there.")
 
@@ -319,13 +320,13 @@ class Run:
                     tested = {name: value for name, value in line.items() if name.startswith("test/")}
             if not tested and self.checkpoints.best_step() not in (None, self.step):
                 best, state = self.checkpoints.restore_best(self._shapes) or (self.step, None)
-        values, best = json.loads(parallel.gather_text(json.dumps((tested, best)))[0])
+        values, best = json.loads(processes.gather_text(json.dumps((tested, best)))[0])
         if not values:
             params = self.state.params
             if best != self.step:
                 if state is None:
                     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
-                params = self.layout.shard(parallel.from_first(state.params))
+                params = self.layout.shard(processes.from_first(state.params))
             values = {f"test/{name}": value for name, value in self.evaluate(params, "ten").items()}
             values["test/step"] = best
             self.recorder.write(self.step, self.epoch, values)
@@ -408,7 +409,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       UserError: see `Run`; also a loss that is not finite, a disk that is full, another process that has ended.
     """
     signals = StopSignal()
-    with parallel.company(), Run(config, workdir, signals) as run, signals:
+    with processes.company(), Run(config, workdir, signals) as run, signals:
         steps = run.durations
         run.recorder.say(run.greeting())
         try:

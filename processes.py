@@ -1,0 +1,205 @@
+"""Several processes of one run: how they find one another, what they tell one another, and how they end together."""
+
+import contextlib
+import faulthandler
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from errors import UserError, fail
+
+Tree = Any
+
+# Seconds without a sign of life after which a process counts as gone. The rest is JAX's own, which aborts without a
+# sentence; it must come later.
+SILENCE = 20
+HEARTBEAT_TIMEOUT = 60
+
+
+def initialize(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Joins this process to the others of a run, before any device is used.
+
+    Does nothing without arguments in a process by itself. Tasks of a SLURM step and hosts of a TPU pod find one another
+    without arguments, where there are several; `coordinator_address="auto"` leaves it to JAX in other clusters.
+
+    Raises:
+      UserError: the three are not given together, or the processes do not find one another.
+    """
+    arguments = {}
+    if coordinator_address in ("", "auto") and not num_processes and process_id < 0:
+        if not coordinator_address and not _in_cluster():
+            return
+        if os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1":
+            # JAX gives each task of SLURM a single GPU; one that has the node to itself takes them all.
+            arguments["local_device_ids"] = []
+    elif coordinator_address and num_processes > 0 and 0 <= process_id < num_processes:
+        arguments = {
+            "coordinator_address": coordinator_address,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    else:
+        raise UserError(
+            "Several processes need --coordinator_address=HOST:PORT, --num_processes=N and --process_id=K with "
+            f"0 ≤ K < N together; got {coordinator_address!r}, {num_processes} and {process_id}."
+        )
+    # JAX aborts when another process is gone, and the stacks of this one would bury the sentence.
+    faulthandler.disable()
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The processes of this run did not find one another: {reason}") from error
+
+
+def _in_cluster() -> bool:
+    """Whether this process is one of several that SLURM or a TPU pod started."""
+    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    return slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def gather_text(text: str) -> list[str]:
+    """The texts of all processes, by process. Waits for all of them, however long one needs to prepare its data."""
+    if jax.process_count() == 1:
+        return [text]
+    client, call = _client(), next(_calls)
+    client.key_value_set(f"text/{call}/{jax.process_index()}", text)
+    day = 86_400_000  # milliseconds
+    return [client.blocking_key_value_get(f"text/{call}/{k}", day) for k in range(jax.process_count())]
+
+
+def from_first(tree: Tree) -> Tree:
+    """The NumPy arrays of process 0, in all processes; the others give arrays of the same shapes and types."""
+    if jax.process_count() == 1:
+        return tree
+    # As bits, for the broadcast is a sum, which loses the sign of −0.
+    bits = jax.tree.map(lambda leaf: np.array(leaf).reshape(-1).view(np.uint8), tree)
+    sent = multihost_utils.broadcast_one_to_all(bits)
+    return jax.tree.map(
+        lambda leaf, bits: np.asarray(bits).view(np.asarray(leaf).dtype).reshape(np.shape(leaf)), tree, sent
+    )
+
+
+@contextlib.contextmanager
+def company() -> Iterator[None]:
+    """A run, in this process, of one or of several processes: when one of them fails, all of them end with a sentence.
+
+    Raises:
+      UserError: what the devices and the other processes may do to a run; other errors pass through.
+    """
+    watch = _Watch() if jax.process_count() > 1 else None
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        if "RESOURCE_EXHAUSTED" in reason:
+            sentence = "The devices have too little memory; halve batch_size and eval_batch_size"
+        elif watch and (watch.noticed or any(word in reason for word in _EXCHANGES)):
+            # An exchange with a process that has ended fails at once. JAX aborts soon, so nothing is asked here.
+            raise UserError(f"{watch.noticed or _GONE.format('Another process')} ({reason}).") from error
+        elif watch:
+            sentence = "The devices of this process failed"
+        else:
+            raise
+        if watch:
+            watch.close(sentence)
+        raise UserError(f"{sentence} ({reason}).") from error
+    except BaseException as error:
+        if watch:
+            watch.close(str(error) or type(error).__name__)
+        raise
+    if watch:
+        watch.close()
+
+
+_calls = itertools.count()
+_EXCHANGES = ("Gloo", "NCCL", "nccl", "onnection", "ocket", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's messages
+_GONE = (
+    "{} of this run has ended or is out of reach; start all of them again, and the run goes on from its last checkpoint"
+)
+
+
+def _client():
+    """JAX's store of keys and values, which all processes of a run share; process 0 keeps it."""
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
+
+
+class _Watch:
+    """Shows the other processes that this one is alive, and ends it when one of them has failed or is silent.
+
+    Works in a thread, because a process that waits for the devices of another waits for ever.
+    """
+
+    def __init__(self):
+        self.noticed = ""  # that another process has failed, as a sentence
+        self._client, self._index = _client(), jax.process_index()
+        self._others = [k for k in range(jax.process_count()) if k != self._index]
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self):
+        heard = {k: ("", time.monotonic()) for k in self._others}
+        for beat in itertools.count():
+            unanswered = threading.Timer(SILENCE, fail, [f"{_GONE.format('Process 0')}."])
+            unanswered.start()
+            try:
+                self._set("alive", str(beat))
+                alive, failed = self._get("alive"), self._get("failed")
+                self._pause()
+            except jax.errors.JaxRuntimeError:
+                alive, failed = {}, {0: _GONE.format("Process 0")}
+            unanswered.cancel()
+            if self._closed.is_set():
+                return
+            for k, (last, since) in heard.items():
+                now = alive.get(k, "")
+                if k in failed:
+                    self.noticed = failed[k] if not alive else f"Process {k}: {failed[k].rstrip('.')}"
+                elif now != last:
+                    heard[k] = now, time.monotonic()
+                elif now != "ended" and time.monotonic() - since > SILENCE:
+                    self.noticed = _GONE.format(f"Process {k}")
+            if self.noticed:
+                if self._index == 0:
+                    self._linger()
+                fail(f"{self.noticed}.")
+
+    def _pause(self):
+        """Waits for a second, or until process 0 is gone: JAX itself aborts only a moment later."""
+        try:
+            self._client.blocking_key_value_get("nothing", 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+    def _set(self, key, value):
+        self._client.key_value_set(f"{key}/{self._index}", value, allow_overwrite=True)
+
+    def _get(self, key):
+        """What the processes have set, by process."""
+        return {int(path.rpartition("/")[2]): value for path, value in self._client.key_value_dir_get(f"{key}/")}
+
+    def _linger(self):
+        """Gives the others time to read, before exchanges with this process fail and the store goes with process 0."""
+        time.sleep(6 if self._index == 0 else 3)
+
+    def close(self, failure: str = "") -> None:
+        """Ends the watch; `failure` tells the others why this process cannot go on."""
+        if failure:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._set("failed", failure)
+                self._linger()
+        self._closed.set()
+        self._thread.join(SILENCE)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._set("alive", "ended")
