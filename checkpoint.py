@@ -163,6 +163,11 @@ class Checkpoints:
             raise UserError(f"The checkpoint of step {step} in {self.directory} cannot be read: {error}.") from error
 
     def _record(self, step: int) -> dict[str, Any]:
+        if (self._path(step) / "meta").is_dir():
+            raise UserError(
+                f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; go "
+                f"on with that version, or take another --workdir."
+            )
         try:
             record = dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"])
             seal = record.pop("seal")

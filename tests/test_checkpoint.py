@@ -116,6 +116,13 @@ def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
     assert "step 2 cannot be read" in capsys.readouterr().err
 
 
+def test_one_of_an_earlier_version_is_not_called_damaged(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    (workdir / "checkpoints/2/record").rename(workdir / "checkpoints/2/meta")
+    with pytest.raises(UserError, match="step 2 .* was written by an earlier version"):
+        latest(workdir)
+
+
 def test_an_unfinished_checkpoint_is_none(tmp_path):
     (tmp_path / "checkpoints/5.orbax-checkpoint-tmp").mkdir(parents=True)
     assert not checkpoint.exists(tmp_path)
