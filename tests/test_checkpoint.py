@@ -119,7 +119,7 @@ def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
 def test_one_of_an_earlier_version_is_not_called_damaged(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     (workdir / "checkpoints/2/record").rename(workdir / "checkpoints/2/meta")
-    with pytest.raises(UserError, match="step 2 .* was written by an earlier version"):
+    with pytest.raises(UserError, match=r"step 2 .* was written by an earlier version"):
         latest(workdir)
 
 
