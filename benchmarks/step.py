@@ -168,12 +168,16 @@ def _center(mean, crop):
     return evaluate.center(mean, crop)
 
 
+def _numbers(kind: type):
+    """Reads numbers separated by commas."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def main() -> None:
     """Parses the flags, measures, and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--batch_sizes", type=lambda text: [int(n) for n in numbers(text)], default=[128])
-    parser.add_argument("--widths", type=numbers, default=[1.0])
+    parser.add_argument("--batch_sizes", type=_numbers(int), default=[128])
+    parser.add_argument("--widths", type=_numbers(float), default=[1.0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--devices", type=int, default=1, help="devices of the training step; simulated ones on a CPU")
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)

@@ -121,7 +121,3 @@ class Step:
         """Returns when the device is done."""
         if self._cuda:
             torch.cuda.synchronize()
-
-    def peak_memory(self) -> int | None:
-        """Bytes, on a GPU."""
-        return torch.cuda.max_memory_allocated() if self._cuda else None

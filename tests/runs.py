@@ -15,7 +15,7 @@ import data
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("a", "b", "c")
 # A narrow network on small views: seconds a run, all of them start-up.
-SMALL = [
+NARROW = [
     "--config.input.resize=80",
     "--config.input.crop=67",
     "--config.model.width=0.125",
@@ -23,6 +23,9 @@ SMALL = [
     "--config.model.init=he",
     "--config.input.scale=0.0156",
     "--config.batch_size=8",
+]
+SMALL = [
+    *NARROW,
     "--config.eval_batch_size=16",
     "--config.dataset.eval_split=test",
     "--config.log_every.steps=1",

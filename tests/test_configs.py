@@ -22,6 +22,7 @@ import cli
 import data
 import optimizer
 import recipes
+import runs
 import train
 import update
 import workdirs
@@ -100,13 +101,7 @@ class CommandLine:
             f"--config.dataset.name={folder / 'photos'}",
             f"--config.dataset.data_dir={folder / 'cache'}",
             "--config.dataset.eval_split=test",
-            "--config.input.resize=80",
-            "--config.input.crop=67",
-            "--config.model.width=0.125",
-            "--config.model.num_classes=3",
-            "--config.model.init=he",
-            "--config.input.scale=0.0156",
-            "--config.batch_size=8",
+            *runs.NARROW,
             "--config.eval_batch_size=8",
             "--config.num_steps=2",
         ]
