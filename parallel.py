@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -33,12 +34,19 @@ Tree = Any
 class Towers:
     """Which towers of a network this device computes, and how it reaches the others.
 
-    Maps of several towers travel as a list with one array per tower that is here.
+    The maps of several towers here lie side by side on the last axis.
+
+    Attributes:
+      total, here: the towers of the network, and how many of them this device computes.
+      groups: the devices that share a network, where the towers are on several.
+      parts: in how many parts the examples should go through the convolutions, each for itself. A GPU fills itself with
+        one; of a CPU with cores to spare, whose smaller operations run on one core each, two parts keep two busy.
     """
 
     total: int = 1
     here: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
+    parts: int = 1
 
     @property
     def split_over_devices(self) -> bool:
@@ -60,15 +68,14 @@ class Towers:
         return -(-features // self.total) if self.split_over_devices else features
 
     def split(self, maps: jax.Array) -> list[jax.Array]:
-        """Cuts what the towers here have computed together, (..., share), into one array per tower."""
+        """Cuts the maps of the towers here, (..., share), into one array per tower."""
         return jnp.split(maps, self.here, axis=-1) if self.here > 1 else [maps]
 
-    def join(self, maps: Sequence[jax.Array]) -> jax.Array:
-        """The exchange: the maps of *all* towers of the network side by side on the last axis."""
-        here = jnp.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
+    def join(self, maps: jax.Array) -> jax.Array:
+        """The exchange: from the maps of the towers here to those of *all* towers of the network."""
         if not self.split_over_devices:
-            return here
-        return jax.lax.all_gather(here, AXIS, axis=here.ndim - 1, tiled=True, axis_index_groups=self.groups)
+            return maps
+        return jax.lax.all_gather(maps, AXIS, axis=maps.ndim - 1, tiled=True, axis_index_groups=self.groups)
 
 
 class Layout:
@@ -142,9 +149,11 @@ class Layout:
 
     def towers(self, total: int) -> Towers:
         """The towers of a network as one device of this layout sees them."""
+        on_cpu = self.local_devices[0].platform == "cpu"
+        parts = 2 if on_cpu and cores() >= 2 * len(self.local_devices) else 1
         if self.devices_per_network == 1:
-            return Towers(total, total)
-        return Towers(total, 1, self._tower_groups)
+            return Towers(total, total, parts=parts)
+        return Towers(total, 1, self._tower_groups, parts)
 
     # Between host and devices.
 
@@ -265,6 +274,11 @@ class Layout:
             return jax.lax.pmin(jnp.all(least == most).astype(jnp.int32), AXIS)
 
         return self.map(lambda tree: jax.tree.map(same, tree))
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def addressable(leaf: jax.Array) -> list[np.ndarray]:

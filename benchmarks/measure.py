@@ -4,7 +4,6 @@ Nothing here needs TensorFlow, clu or ml_collections.
 """
 
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -17,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import parallel
 
 
 class _Fields(dict):
@@ -94,7 +95,7 @@ def machine() -> dict[str, Any]:
         name = names[0] if names else name
     return {
         "device": name if device.platform == "cpu" else device.device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": parallel.cores(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

@@ -8,6 +8,7 @@ The parameters are one ordinary tree, {'conv1': {'kernel', 'bias'}, …, 'fc8'},
 towers lie on devices is known to `Towers` alone.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,35 +175,42 @@ class AlexNet(nn.Module):
         Returns:
           (N, num_classes) float32 logits, the same on every device of a network.
         """
-        maps = [images.astype(self.dtype)]
+        parts = jnp.split(images.astype(self.dtype), math.gcd(self.placement.parts, len(images)))
         for name in CONVOLUTIONS:
             steps = ORDERS[self.order][name]
             if name in self.without:
                 steps = tuple(step for step in steps if step == "pool")
             else:
-                maps = self._layer(name, maps)
+                parts = self._layer(name, parts)
             for step in steps:
-                maps = [getattr(self, f"_{step}")(m) for m in maps]
+                parts = [getattr(self, f"_{step}")(maps) for maps in parts]
+        maps = jnp.concatenate(parts)
         for name in FULLY_CONNECTED[:-1]:
             if name not in self.without:
-                maps = [ACTIVATIONS[self.activation](m) for m in self._layer(name, maps)]
-                maps = self._dropout(maps, train, rows)
-        logits = self.placement.join(self._layer("fc8", maps))[..., : self.num_classes]
+                maps = self._dropout(self._activate(*self._layer(name, [maps])), train, rows)
+        logits = self.placement.join(*self._layer("fc8", [maps]))[..., : self.num_classes]
         return logits.astype(jnp.float32)
 
-    def _layer(self, name: str, maps: list[jax.Array]) -> list[jax.Array]:
-        """Layer `name` on the maps of the towers here; the exchange comes first where there is one."""
+    def _inputs(self, name: str, maps: jax.Array) -> list[jax.Array]:
+        """What layer `name` sees: one input for all towers here, after the exchange where there is one, or one each."""
+        if name == "conv1":
+            return [maps]
         if name in self.exchange or name == "fc8":
-            maps = [self.placement.join(maps)]
-            self.sow("intermediates", f"{name}_joined", maps[0])
+            joined = self.placement.join(maps)
+            self.sow("intermediates", f"{name}_joined", joined)
+            return [joined]
+        return self.placement.split(maps)
+
+    def _layer(self, name: str, parts: list[jax.Array]) -> list[jax.Array]:
+        """Layer `name` on each part of the examples, with the maps of the towers here side by side."""
         kernel_size, stride = GEOMETRY.get(name, (0, 1))
         deviations = DEVIATIONS[self.initial_weights]
         if name == "conv1":
             # The kernels run over the bottom and right edge, where pixels count as the mean: 224 gives 55 (source).
-            padding = tuple((0, -(size - kernel_size) % stride) for size in maps[0].shape[1:3])
+            padding = tuple((0, -(size - kernel_size) % stride) for size in parts[0].shape[1:3])
         else:
             padding = ((kernel_size // 2,) * 2,) * 2
-        output = TowerLayer(
+        layer = TowerLayer(
             features=self.maps()[name],
             kernel_size=kernel_size,
             stride=stride,
@@ -212,8 +220,8 @@ class AlexNet(nn.Module):
             towers=self.placement,
             dtype=jnp.float32 if name == "fc8" else self.dtype,  # bfloat16 logits would often tie
             name=name,
-        )(maps)
-        return [output] if name == "fc8" else self.placement.split(output)
+        )
+        return [layer(self._inputs(name, maps)) for maps in parts]
 
     def _activate(self, x: jax.Array) -> jax.Array:
         return ACTIVATIONS[self.activation](x)
@@ -222,7 +230,7 @@ class AlexNet(nn.Module):
         if not self.lrn:
             return x
         return layers.local_response_normalization(
-            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta
+            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta, groups=self.placement.here
         )
 
     def _normalize_spatially(self, x: jax.Array) -> jax.Array:
@@ -234,22 +242,22 @@ class AlexNet(nn.Module):
     def _pool(self, x: jax.Array) -> jax.Array:
         return layers.max_pool(x, self.pool_window, self.pool_stride)
 
-    def _dropout(self, maps: list[jax.Array], train: bool, rows: jax.Array | None) -> list[jax.Array]:
+    def _dropout(self, x: jax.Array, train: bool, rows: jax.Array | None) -> jax.Array:
         if not self.dropout_rate:
-            return maps
+            return x
         keep = 1 - self.dropout_rate
         if not train:
-            return [x * keep for x in maps]
+            return x * keep
         if rows is None:
-            rows = jnp.arange(maps[0].shape[0])
+            rows = jnp.arange(x.shape[0])
         key = self.make_rng("dropout")
-        dropped = []
-        for tower, x in zip(self.placement.ids(), maps, strict=True):
+        masks = []
+        for tower in self.placement.ids():
             # A key for each tower and example: the masks must not depend on which device computes what.
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, tower), rows)
-            mask = jax.vmap(lambda k, shape=x.shape[1:]: jax.random.bernoulli(k, keep, shape))(keys)
-            dropped.append(jnp.where(mask, x, 0))
-        return dropped
+            shape = (x.shape[1] // self.placement.here,)
+            masks.append(jax.vmap(lambda k, shape=shape: jax.random.bernoulli(k, keep, shape))(keys))
+        return jnp.where(jnp.concatenate(masks, axis=-1), x, 0)
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work for images of `image_size` pixels a side.

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# On CPUs large arrays go through in chunks of examples, so that what one chunk needs stays in the cache.
-_PATCHES_BYTES = 12 << 20
-_MAPS_BYTES = 4 << 20
+# On CPUs large arrays go through in chunks of examples, so that what one chunk needs stays in the cache, and the rest
+# is not even allocated: a fresh page costs more than the work on it.
+_PATCHES_BYTES = 10 << 20
+_MAPS_BYTES = 8 << 20
 
 
 def output_size(size: int, window: int, stride: int) -> int:
@@ -54,13 +55,32 @@ def _pad(x, axis, before, after, value=0):
 # Response normalisation: y = x · s^-power with s = constant + scale · (window sums of x²).
 
 
-def _window_sum(x, windows):
-    """Sums over windows (axis, before, after) around each element, zeros outside."""
-    for axis, before, after in windows:
-        padded = _pad(x, axis, before, after)
-        shifted = (lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(before + after + 1))
-        x = functools.reduce(jnp.add, shifted)
-    return x
+def _window_sum(x, axis, before, after):
+    """Sums over a window along `axis` around each element, zeros outside."""
+    padded = _pad(x, axis, before, after)
+    shifted = (lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(before + after + 1))
+    return functools.reduce(jnp.add, shifted)
+
+
+def _sum_of_neighbours(x, before, after, *, groups):
+    """Sums over a window of maps around each, within its group; a product with a band of ones where that is faster."""
+
+    def product(x):
+        maps = x.shape[-1]
+        distance = np.arange(maps)[:, None] - np.arange(maps)
+        group = np.arange(maps) // (maps // groups)
+        band = (-before <= distance) & (distance <= after) & (group[:, None] == group)
+        return x @ jnp.asarray(band, x.dtype)
+
+    def shifts(x):
+        apart = x.reshape(*x.shape[:-1], groups, -1)
+        return _window_sum(apart, apart.ndim - 1, before, after).reshape(x.shape)
+
+    return lax.platform_dependent(x, cpu=product, default=shifts)
+
+
+def _sum_of_pixels(x, before, after):
+    return _window_sum(_window_sum(x, 1, before, after), 2, before, after)
 
 
 def _inverse_power(s, power):
@@ -69,18 +89,18 @@ def _inverse_power(s, power):
     return s**-power
 
 
-def _normalize_chunk(windows, constant, scale, power, x):
+def _normalize_chunk(window_sum, size, constant, scale, power, x):
     wide = x.astype(_wide(x.dtype))
-    s = constant + scale * _window_sum(jnp.square(wide), windows)
+    s = constant + scale * window_sum(jnp.square(wide), size // 2, size - 1 - size // 2)
     return (wide * _inverse_power(s, power)).astype(x.dtype)
 
 
-def _normalize_chunk_gradient(windows, constant, scale, power, x, g):
+def _normalize_chunk_gradient(window_sum, size, constant, scale, power, x, g):
+    before, after = size // 2, size - 1 - size // 2
     wide, g = (v.astype(_wide(x.dtype)) for v in (x, g))
-    s = constant + scale * _window_sum(jnp.square(wide), windows)
+    s = constant + scale * window_sum(jnp.square(wide), before, after)
     shrunk = g * _inverse_power(s, power)
-    mirrored = [(axis, after, before) for axis, before, after in windows]
-    through_s = _window_sum(shrunk * wide / s, mirrored)
+    through_s = window_sum(shrunk * wide / s, after, before)  # from all whose windows hold this element
     return (shrunk - 2 * power * scale * wide * through_s).astype(x.dtype)
 
 
@@ -90,34 +110,41 @@ def _by_examples(function, *arrays):
     chunk = _chunk(len(x), math.prod(x.shape[1:]) * x.dtype.itemsize, _MAPS_BYTES)
 
     def mapped(*arrays):
-        return lax.map(lambda parts: function(*parts), tuple(_split(v, chunk) for v in arrays)).reshape(x.shape)
+        parts = tuple(_split(v, chunk) for v in arrays)
+        return lax.map(lambda parts: function(*parts), parts).reshape(x.shape)
 
     return lax.platform_dependent(*arrays, cpu=mapped, default=function)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize(windows, constant, scale, power, x):
-    return _by_examples(functools.partial(_normalize_chunk, windows, constant, scale, power), x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _normalize(window_sum, size, constant, scale, power, x):
+    return _by_examples(functools.partial(_normalize_chunk, window_sum, size, constant, scale, power), x)
 
 
-def _normalize_backward(windows, constant, scale, power, x, g):
-    return (_by_examples(functools.partial(_normalize_chunk_gradient, windows, constant, scale, power), x, g),)
+def _normalize_backward(window_sum, size, constant, scale, power, x, g):
+    gradient = functools.partial(_normalize_chunk_gradient, window_sum, size, constant, scale, power)
+    return (_by_examples(gradient, x, g),)
 
 
 _normalize.defvjp(lambda *args: (_normalize(*args), args[-1]), _normalize_backward)
 
 
-def local_response_normalization(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def local_response_normalization(
+    x: jax.Array, *, k: float, n: int, alpha: float, beta: float, groups: int = 1
+) -> jax.Array:
     """x / (k + alpha · sum of x² over n adjacent maps)^beta (section 3.3).
 
-    Map i sees the maps i − ⌊n/2⌋ … i − ⌊n/2⌋ + n − 1, as far as they exist. `alpha` is not divided by n.
+    Map i sees the maps i − ⌊n/2⌋ … i − ⌊n/2⌋ + n − 1, as far as they exist. `alpha` is not divided by n. The maps, on
+    the last axis, are `groups` groups of equal size that do not see each other.
 
     Raises:
-      ValueError: n is less than 1.
+      ValueError: n is less than 1, or the groups are not equal.
     """
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
-    return _normalize(((x.ndim - 1, n // 2, n - 1 - n // 2),), float(k), float(alpha), float(beta), x)
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"{x.shape[-1]} maps cannot be groups={groups} equal groups")
+    return _normalize(functools.partial(_sum_of_neighbours, groups=groups), n, float(k), float(alpha), float(beta), x)
 
 
 def spatial_response_normalization(
@@ -132,8 +159,7 @@ def spatial_response_normalization(
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1")
-    around = (size // 2, size - 1 - size // 2)
-    return _normalize(((1, *around), (2, *around)), float(constant), float(scale), float(power), x)
+    return _normalize(_sum_of_pixels, size, float(constant), float(scale), float(power), x)
 
 
 # Pooling goes along one axis and then the other, with strided slices in place of windows.
@@ -180,13 +206,13 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 
 def _max_pool_forward(x, window, stride):
-    rows = _max(x, 2, window, stride)
-    y = _max(rows, 1, window, stride)
-    return y, (x, rows, y)
+    y = max_pool(x, window, stride)
+    return y, (x, y)
 
 
 def _max_pool_backward(window, stride, saved, g):
-    x, rows, y = saved
+    x, y = lax.optimization_barrier(saved)  # keeps XLA from keeping `rows` of the forward pass, which is large
+    rows = _max(x, 2, window, stride)
     # The first maximum of the first row that has one is the first in row order, as XLA and PyTorch have it.
     return (_max_gradient(x, rows, _max_gradient(rows, y, g, 1, window, stride), 2, window, stride),)
 
@@ -209,61 +235,83 @@ def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 # Convolution.
 
 
-def _convolve(x, kernel, stride, padding):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _convolve(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _patches(x, kernel_shape, stride, padding):
-    """(N, output height, output width, kh · kw · C): what each output pixel sees."""
-    kh, kw, channels = kernel_shape[:3]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    h, w = ((size - k) // stride + 1 for size, k in zip(x.shape[1:3], (kh, kw), strict=True))
-    # A row of a patch is made of whole blocks of `stride` pixels, and the start of one more.
-    blocks = -(-kw // stride)
-    width = (w + blocks - 1) * stride
-    x = _pad(x[:, :, :width], 2, 0, max(0, width - x.shape[2])).reshape(*x.shape[:2], -1, stride * channels)
-    x = jnp.concatenate([x[:, :, b : b + w, : (kw - b * stride) * channels] for b in range(blocks)], axis=-1)
-    return jnp.concatenate([x[:, i : i + (h - 1) * stride + 1 : stride] for i in range(kh)], axis=-1)
+def _fold(x, window, stride, padding):
+    """Pads x and takes each `stride` pixels of a row as one with so many times the channels: a stride down only.
+
+    This is a change of shape, where folding the rows too would move every pixel.
+    """
+    (top, bottom), (left, right) = padding
+    n, height, width, channels = x.shape
+    reach = (width + left + right - window) // stride - (-window // stride)  # blocks that some window sees
+    x = lax.pad(
+        x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, reach * stride - width - left, 0), (0, 0, 0))
+    )
+    return x.reshape(n, height + top + bottom, reach, stride * channels)
 
 
-def _patches_chunk(x, kernel, stride, padding):
-    y = jax.eval_shape(functools.partial(_patches, kernel_shape=kernel.shape, stride=stride, padding=padding), x[:1])
-    return _chunk(len(x), y.size * x.dtype.itemsize, _PATCHES_BYTES)
+def _fold_kernel(kernel, stride):
+    """A kernel for what `_fold` returns: zeros fill its last block."""
+    height, width, channels, features = kernel.shape
+    return _pad(kernel, 1, 0, -width % stride).reshape(height, -1, stride * channels, features)
 
 
-def _convolve_by_patches(x, kernel, stride, padding):
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    parts = _split(x, _patches_chunk(x, kernel, stride, padding))
-    y = lax.map(lambda part: _patches(part, kernel.shape, stride, padding) @ matrix, parts)
-    return y.reshape(-1, *y.shape[2:])
+def _chunk_of_patches(x, kernel, output, stride):
+    """How many examples' patches (of `_fold`ed pixels) make a chunk."""
+    folded = -(-kernel.shape[1] // stride) * stride
+    patch = kernel.shape[0] * folded * kernel.shape[2]
+    return _chunk(len(x), math.prod(output[1:3]) * patch * x.dtype.itemsize, _PATCHES_BYTES)
+
+
+def _convolve_folded(x, kernel, stride, padding):
+    # XLA gathers the patches of all the examples that it is given before it multiplies them.
+    output = jax.eval_shape(functools.partial(_convolve, strides=(stride, stride), padding=padding), x, kernel).shape
+    folded_kernel = _fold_kernel(kernel, stride)
+
+    def part(x):
+        return _convolve(_fold(x, kernel.shape[1], stride, padding), folded_kernel, (stride, 1), "VALID")
+
+    return lax.map(part, _split(x, _chunk_of_patches(x, kernel, output, stride))).reshape(output)
 
 
 def _kernel_gradient_by_patches(x, kernel, g, stride, padding):
-    chunk = _patches_chunk(x, kernel, stride, padding)
+    """The product of what each output pixel saw with its gradient, some examples at a time."""
+    height, width, channels, features = kernel.shape
+    blocks = -(-width // stride)
+    rows, columns = g.shape[1:3]
+    chunk = _chunk_of_patches(x, kernel, g.shape, stride)
     xs, gs = _split(x, chunk), _split(g, chunk)
-    wide = _wide(x.dtype)
 
     def product(i):
-        patches = _patches(xs[i], kernel.shape, stride, padding)
-        return lax.dot_general(patches, gs[i], (((0, 1, 2),) * 2, ((), ())), preferred_element_type=wide)
+        # The barrier keeps padding out of the loops that gather the patches, which it would slow down.
+        folded = lax.optimization_barrier(_fold(xs[i], width, stride, padding))
+        reach = (rows - 1) * stride + 1
+        seen = [folded[:, r : r + reach : stride, b : b + columns] for r in range(height) for b in range(blocks)]
+        patches = jnp.concatenate(seen, axis=-1).astype(_wide(x.dtype))
+        # Features first, because the left operand is the one that gets transposed, and g is the smaller.
+        return lax.dot_general(gs[i].astype(_wide(x.dtype)), patches, (((0, 1, 2),) * 2, ((), ())))
 
     # The first chunk starts the sum: a zero would not vary over devices under shard_map, and the sum does.
     total = lax.fori_loop(1, len(xs), lambda i, total: total + product(i), product(0))
-    return total.reshape(kernel.shape).astype(kernel.dtype)
+    total = total.T.reshape(height, blocks * stride, channels, features)[:, :width]
+    return total.astype(kernel.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
-    plain = functools.partial(_convolve, stride=stride, padding=padding)
+    plain = functools.partial(_convolve, strides=(stride, stride), padding=padding)
     if stride == 1:
         return plain(x, kernel)
-    by_patches = functools.partial(_convolve_by_patches, stride=stride, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=by_patches, default=plain)
+    folded = functools.partial(_convolve_folded, stride=stride, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=folded, default=plain)
 
 
 def _conv_backward(stride, padding, saved, g):
     x, kernel = saved
-    convolve = functools.partial(_convolve, stride=stride, padding=padding)
+    convolve = functools.partial(_convolve, strides=(stride, stride), padding=padding)
 
     def plain(x, kernel, g):
         return jax.vjp(lambda k: convolve(x, k), kernel)[1](g)[0]

@@ -70,16 +70,33 @@ def test_spatial_response_normalization(size, power, shape):
     )
 
 
-def test_normalization_of_large_values_in_many_chunks(monkeypatch):
-    """Activations reach thousands early in training; and chunks of examples must not be seen."""
+def test_normalization_of_large_values():
+    """Activations reach thousands early in training."""
     constants = LRN[0]
-    monkeypatch.setattr(layers, "_MAPS_BYTES", 2000)
     values = [300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8))]
     check(
         functools.partial(layers.local_response_normalization, **constants),
         functools.partial(reference.lrn, **constants),
         functools.partial(reference.lrn_gradient, **constants),
         values=values,
+    )
+
+
+@pytest.mark.parametrize("constants", LRN)
+@pytest.mark.parametrize("groups,maps", [(2, 16), (3, 9), (5, 5)])
+def test_groups_of_maps_are_normalized_alone(constants, groups, maps):
+    def apart(layer):
+        def split(*arrays):
+            parts = zip(*(np.split(a, groups, axis=-1) for a in arrays), strict=True)
+            return np.concatenate([layer(*part, **constants) for part in parts], axis=-1)
+
+        return split
+
+    check(
+        functools.partial(layers.local_response_normalization, **constants, groups=groups),
+        apart(reference.lrn),
+        apart(reference.lrn_gradient),
+        (2, 4, 3, maps),
     )
 
 
@@ -270,22 +287,24 @@ def test_gradients_on_several_devices(transform):
     np.testing.assert_allclose(dkernel.sum(0), gradients[1], atol=1e-4 * np.abs(gradients[1]).max())
 
 
-@pytest.mark.parametrize("layer", [
-    lambda x, kernel: layers.conv(x, kernel, stride=2),
-    lambda x, kernel: jax.vjp(lambda k: layers.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0],
-    lambda x, kernel: layers.local_response_normalization(x, **LRN[0]),
-    lambda x, kernel: jax.vjp(lambda x: layers.local_response_normalization(x, **LRN[0]), x)[1](x)[0],
+def gradient_of_normalization(x, kernel):
+    return jax.vjp(lambda x: layers.local_response_normalization(x, **LRN[0]), x)[1](x)[0]
+
+
+@pytest.mark.parametrize("layer,fast", [
+    (lambda x, kernel: layers.conv(x, kernel, stride=2), "stride = [2, 1]"),
+    (lambda x, kernel: jax.vjp(lambda k: layers.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0], "stablehlo.while"),
+    (lambda x, kernel: layers.local_response_normalization(x, **LRN[0]), "stablehlo.dot"),
+    (gradient_of_normalization, "stablehlo.dot"),
 ])  # fmt: skip
-def test_other_platforms_get_plain_forms(monkeypatch, layer):
+def test_other_platforms_get_plain_forms(monkeypatch, layer, fast):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
     monkeypatch.setattr(layers, "_PATCHES_BYTES", 1)
-    monkeypatch.setattr(layers, "_MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
-    loops = {
-        platform: "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "cuda", "tpu")
+    found = {
+        platform: fast in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")
     }
-    assert loops == {"cpu": True, "cuda": False, "tpu": False}
+    assert found == {"cpu": True, "cuda": False, "tpu": False}
 
 
 def test_memory_of_the_first_layer():
@@ -310,6 +329,10 @@ def test_memory_of_the_first_layer():
     (lambda: layers.conv(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 3))), "a window of 5 does not fit into 4 pixels"),
     (lambda: layers.conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 3))), "1 channels cannot convolve maps of 2"),
     (lambda: layers.local_response_normalization(jnp.ones((1, 1, 1, 2)), k=1, n=0, alpha=1, beta=1), "n=0"),
+    (
+        lambda: layers.local_response_normalization(jnp.ones((1, 1, 1, 3)), k=1, n=1, alpha=1, beta=1, groups=2),
+        "3 maps cannot be groups=2 equal groups",
+    ),
     (lambda: layers.spatial_response_normalization(jnp.ones((1, 1, 1, 2)), size=0, scale=1, power=1), "size=0"),
 ])  # fmt: skip
 def test_impossible_geometry_is_named(call, message):

@@ -154,7 +154,7 @@ def test_exchange_has_the_gradient_of_a_concatenation():
     towers = layout.towers(2)
 
     def loss(x):
-        joined = towers.join([x])
+        joined = towers.join(x)
         return jnp.sum(jnp.sin(joined) * jnp.cos(joined[:, ::-1])) / layout.devices_per_network
 
     def whole(x):
