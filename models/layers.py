@@ -105,15 +105,23 @@ def _normalize_chunk_gradient(window_sum, size, constant, scale, power, x, g):
 
 
 def _by_examples(function, *arrays):
-    """`function` of arrays of one shape, example by example; on CPUs some examples at a time."""
-    x = arrays[0]
+    """`function` of arrays of one shape, example by example.
+
+    On CPUs some examples at a time, whose results take the place of the last array's: XLA would fill a new array with
+    zeros first.
+    """
+    x = arrays[-1]
     chunk = _chunk(len(x), math.prod(x.shape[1:]) * x.dtype.itemsize, _MAPS_BYTES)
 
-    def mapped(*arrays):
-        parts = tuple(_split(v, chunk) for v in arrays)
-        return lax.map(lambda parts: function(*parts), parts).reshape(x.shape)
+    def chunks(*arrays):
+        *others, overwritten = (_split(v, chunk) for v in arrays)
 
-    return lax.platform_dependent(*arrays, cpu=mapped, default=function)
+        def overwrite(i, parts):
+            return lax.dynamic_update_index_in_dim(parts, function(*(v[i] for v in others), parts[i]), i, 0)
+
+        return lax.fori_loop(0, len(overwritten), overwrite, overwritten).reshape(x.shape)
+
+    return lax.platform_dependent(*arrays, cpu=chunks, default=function)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
