@@ -85,6 +85,25 @@ def matrix_product(dtype: str, size: int = 0) -> Callable[[], float]:
     return lambda: clock(lambda: product(a).block_until_ready(), 0.3) / (2 * size**3)
 
 
+def copy(size: int = 1 << 28) -> Callable[[], float]:
+    """A candidate for `interleaved`: seconds of a byte read or written in a pass over an array of `size` bytes."""
+    array = jnp.zeros(size // 4, jnp.float32)
+    # Overwritten in place: the pages of a new array would cost more than the bytes.
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+
+    def seconds():
+        nonlocal array
+
+        def turn():
+            nonlocal array
+            array = negate(array).block_until_ready()
+
+        return clock(turn, 0.1) / (2 * array.nbytes)
+
+    seconds()
+    return seconds
+
+
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     device = jax.devices()[0]

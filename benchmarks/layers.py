@@ -1,0 +1,182 @@
+"""Time of each layer, forward and backward, against its floor: `python -m benchmarks.layers`.
+
+Each part of the network runs alone on data that are on the device, with the shapes that it has in the training step.
+Its floor is the longer of two times: that of its operations at the machine's rate of matrix products, and that of the
+bytes it must read and write at the rate of a copy, both measured in the same run. A backward pass has all gradients but
+that of the images, and computes again what it needs of the forward pass and does not get.
+
+In the step the parts of several towers, and of both halves of a batch, run side by side; alone, some use one core only.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import models
+import optimizer
+import update
+from benchmarks import measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the training step.
+
+    Attributes:
+      name: as 'conv1' or 'pool1'.
+      function: of (params, *inputs); None where there is no gradient to take, as of the update.
+      params: tree of arrays.
+      inputs: trees of shapes.
+      flops: floating-point operations of the forward pass that are part of matrix products.
+      flops_backward: likewise.
+      gradient_of_inputs: whether the backward pass has to give it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    params: Any
+    inputs: tuple[Any, ...]
+    flops: int = 0
+    flops_backward: int = 0
+    gradient_of_inputs: bool = True
+
+
+def parts(config: Any) -> list[Part]:
+    """The parts of a config's network in order of computation, with random inputs, and at last the update."""
+    network = models.build(config.model, None, config.input.crop)
+    rows = {row.name: row for row in models.layer_table(config.model, config.input.crop)}
+    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
+    state = update.init_state(config, rule)
+    found, counts = [], {}
+
+    def intercept(call, args, kwargs, context):
+        module, method = context.module, context.method_name
+        if module.name in rows and method == "__call__":
+            row, alone = rows[module.name], module.clone(parent=None, name=None)
+            flops = 2 * config.batch_size * row.multiply_adds
+            first = module.name == "conv1"
+            found.append(
+                Part(
+                    module.name,
+                    lambda params, inputs: alone.apply({"params": params}, inputs),
+                    state.params[module.name],
+                    jax.tree.map(_shape, args),
+                    flops,
+                    flops if first else 2 * flops,
+                    not first,
+                )
+            )
+        elif method in ("_activate", "_normalize", "_pool", "_dropout"):
+            counts[method] = counts.get(method, 0) + 1
+
+            def function(_, x, *rest):
+                return network.apply({}, x, *rest, method=method, rngs={"dropout": jax.random.key(0)})
+
+            static = args[1:]  # `train` and `rows` of dropout
+            found.append(
+                Part(
+                    f"{method[1:]}{counts[method]}",
+                    lambda params, x: function(params, x, *static),
+                    {},
+                    (_shape(args[0]),),
+                )
+            )
+        return call(*args, **kwargs)
+
+    def forward(images):
+        with nn.intercept_methods(intercept):
+            return network.apply({"params": state.params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+
+    crop = config.input.crop
+    jax.eval_shape(forward, jax.ShapeDtypeStruct((config.batch_size, crop, crop, 3), jnp.float32))
+
+    def step(state, gradients):
+        import optax
+
+        updates, opt_state = rule.update(gradients, state.opt_state, state.params, step=state.step, rate_factor=1.0)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    found.append(Part("update", step, state, (jax.tree.map(_shape, state.params),), gradient_of_inputs=False))
+    return found
+
+
+def _shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _random(tree):
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype), tree)
+
+
+def _bytes(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def candidates(part: Part) -> dict[str, tuple[Callable[[], float], int, int]]:
+    """What to time of a part, by direction: the candidate, its operations in matrix products, and its bytes."""
+    inputs, y = _random(part.inputs), jax.eval_shape(part.function, part.params, *part.inputs)
+    forward = jax.jit(part.function)
+    given = _bytes((part.params, inputs))
+    found = {"forward": (functools.partial(forward, part.params, *inputs), part.flops, given + _bytes(y))}
+    if part.name != "update":
+        gradient = _random(y)
+        wanted = (0, *range(1, 1 + len(inputs))) if part.gradient_of_inputs else (0,)
+
+        @jax.jit
+        def backward(gradient, params, *inputs):
+            gradients = jax.vjp(part.function, params, *inputs)[1](gradient)
+            return [gradients[i] for i in wanted]
+
+        moved = given + _bytes(y) + _bytes([(part.params, *inputs)[i] for i in wanted])
+        call = functools.partial(backward, gradient, part.params, *inputs)
+        found["backward"] = (call, part.flops_backward, moved)
+    return {
+        direction: (functools.partial(measure.clock, lambda call=call: jax.block_until_ready(call())), flops, moved)
+        for direction, (call, flops, moved) in found.items()
+    }
+
+
+def run(config: Any, rounds: int) -> dict[str, Any]:
+    """Measures the parts of a config's step, one after the other, each in `rounds` rounds beside product and copy."""
+    product, copy = measure.matrix_product(config.model.dtype), measure.copy()
+    rows = []
+    for part in parts(config):
+        for direction, (candidate, flops, moved) in candidates(part).items():
+            candidate(), candidate()
+            seconds = measure.interleaved({"part": candidate, "product": product, "copy": copy}, rounds)
+            best = {name: min(values) for name, values in seconds.items()}
+            floor = max(flops * best["product"], moved * best["copy"])
+            name = part.name if part.name == "update" else f"{part.name} {direction}"
+            rows.append({"part": name, "milliseconds": 1e3 * best["part"], "floor_milliseconds": 1e3 * floor})
+            limit = "product" if flops * best["product"] > moved * best["copy"] else "memory"
+            print(f"{name:22} {1e3 * best['part']:8.1f} ms, floor {1e3 * floor:8.1f} ms ({limit})", flush=True)
+    totals = {key: sum(row[key] for row in rows) for key in ("milliseconds", "floor_milliseconds")}
+    return {"batch_size": config.batch_size, "width": config.model.width, "dtype": config.model.dtype} | {
+        "rounds": rounds, "total": totals, "parts": rows
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parses the flags, measures, and prints the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    config = measure.recipe()
+    config.batch_size, config.model.width, config.model.dtype = args.batch_size, args.width, args.dtype
+    measure.report("layers", run(config, args.rounds))
+
+
+if __name__ == "__main__":
+    main()
