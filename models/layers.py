@@ -66,17 +66,14 @@ def _sum_of_neighbours(x, before, after, *, groups):
     """Sums over a window of maps around each, within its group; a product with a band of ones where that is faster."""
 
     def product(x):
-        maps = x.shape[-1]
-        distance = np.arange(maps)[:, None] - np.arange(maps)
-        group = np.arange(maps) // (maps // groups)
-        band = (-before <= distance) & (distance <= after) & (group[:, None] == group)
-        return x @ jnp.asarray(band, x.dtype)
+        distance = np.arange(x.shape[-1])[:, None] - np.arange(x.shape[-1])
+        return x @ jnp.asarray((-before <= distance) & (distance <= after), x.dtype)
 
     def shifts(x):
-        apart = x.reshape(*x.shape[:-1], groups, -1)
-        return _window_sum(apart, apart.ndim - 1, before, after).reshape(x.shape)
+        return _window_sum(x, x.ndim - 1, before, after)
 
-    return lax.platform_dependent(x, cpu=product, default=shifts)
+    apart = x.reshape(*x.shape[:-1], groups, -1)
+    return lax.platform_dependent(apart, cpu=product, default=shifts).reshape(x.shape)
 
 
 def _sum_of_pixels(x, before, after):
@@ -107,8 +104,7 @@ def _normalize_chunk_gradient(window_sum, size, constant, scale, power, x, g):
 def _by_examples(function, *arrays):
     """`function` of arrays of one shape, example by example.
 
-    On CPUs some examples at a time, whose results take the place of the last array's: XLA would fill a new array with
-    zeros first.
+    On CPUs some examples at a time, whose results take the last array's place: XLA would fill a new one with zeros.
     """
     x = arrays[-1]
     chunk = _chunk(len(x), math.prod(x.shape[1:]) * x.dtype.itemsize, _MAPS_BYTES)
