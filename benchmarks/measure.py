@@ -58,8 +58,12 @@ def interleaved(candidates: dict[str, Callable[[], float]], rounds: int) -> dict
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:
     """How many times faster `fast` was than `slow`: the median over rounds, the least and the most."""
-    ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return spread([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Their median, the least and the most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def clock(function: Callable[[], Any], at_least: float = 0.0) -> float:

@@ -1,0 +1,407 @@
+"""Images a second of the input pipeline, beside raw libjpeg-turbo and a PyTorch loader: `python -m benchmarks.input`.
+
+    python -m benchmarks.input --photographs=ROOT                   a folder ROOT/train/CLASS/*.jpg
+    python -m benchmarks.input --photographs=ROOT --size=500        scaled to ImageNet's usual size first
+
+What is compared works on a sample of the same photographs, on all cores, in turn, round by round:
+
+    records     batches for training from prepared records: random crop, reflection, lighting
+    raw         libjpeg-turbo on the bytes of the same records and the same windows of them, and nothing else: the limit
+    to_record   photographs to records, encoded: what `tools.prepare` does to each image
+    prepare     the whole of `tools.prepare`, its start and the writing of the files with it
+    pil         photographs to batches for training as PyTorch users load them: Pillow, the shorter side to 256, random
+                crop, reflection, standardised floats, in one process for each core
+
+`records` and `pil` are timed between batches of a stream that was under way before and goes on afterwards, so that
+neither their start nor what was prepared ahead counts. Processor time is that of all threads and of worker processes.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import pathlib
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import input_pipeline
+import parallel
+from benchmarks import measure
+from errors import UserError, check_ranges, fail
+
+CORES = parallel.cores()
+AHEAD = 4 + 2 * CORES  # batches; no loader here prepares more in advance
+JPEG_QUALITY = 92  # of scaled photographs
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what PyTorch users standardise with
+
+Work = Callable[[], tuple[int, float, float]]
+
+
+class Timed:
+    """A candidate for `measure.interleaved` that notes processor time too.
+
+    Args:
+      work: does some work; returns how many images that were, the seconds and the processor seconds.
+
+    Attributes:
+      cpu_seconds: processor seconds of an image, by round.
+    """
+
+    def __init__(self, work: Work):
+        self._work, self.cpu_seconds = work, []
+
+    def __call__(self) -> float:
+        """Seconds of an image."""
+        images, seconds, cpu_seconds = self._work()
+        self.cpu_seconds.append(cpu_seconds / images)
+        return seconds / images
+
+
+def clock(images: int, function: Callable[[], Any]) -> tuple[int, float, float]:
+    """Calls a function that handles `images`; returns these, the seconds and this process's processor seconds."""
+    seconds, cpu_seconds = time.perf_counter(), time.process_time()
+    function()
+    return images, time.perf_counter() - seconds, time.process_time() - cpu_seconds
+
+
+def sample(photographs: pathlib.Path, into: pathlib.Path, images: int, size: int) -> list[pathlib.Path]:
+    """Copies photographs of the training split, spread evenly over it, to `into`/train/CLASS, unless they are there.
+
+    Args:
+      photographs: a folder ROOT with ROOT/train/CLASS/*.jpg.
+      images: how many, or all where there are fewer.
+      size: pixels of the longer side, to which they are scaled, and encoded again; 0 leaves them as they are.
+
+    Returns:
+      The copies.
+
+    Raises:
+      UserError: there is no such folder, nothing in it, or something that cannot be read.
+    """
+    from datasets import sources
+
+    if not into.exists():
+        partial = into.with_name(f".{into.name}.partial")
+        files = list(sources.open_source(str(photographs.absolute()), "").files("train"))
+        chosen = np.linspace(0, len(files) - 1, min(images, len(files))).round().astype(int)
+
+        def copy(number):
+            file = files[number]
+            to = partial / file.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with file.open() as stream:
+                    data = stream.read()
+                to.write_bytes(_scaled(data, size) if size else data)
+            except OSError as error:
+                raise UserError(f"{file.name} of {photographs} cannot be copied to {into}: {error}.") from None
+
+        with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+            collections.deque(pool.map(copy, chosen.tolist()), maxlen=0)
+        partial.rename(into)
+    return sorted(path for path in into.rglob("*") if path.is_file())
+
+
+def _scaled(data: bytes, size: int) -> bytes:
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    scale, file = size / max(rgb.size), io.BytesIO()
+    rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC).save(
+        file, "JPEG", quality=JPEG_QUALITY
+    )
+    return file.getvalue()
+
+
+def records(opened: input_pipeline.Records, config: Any, images: int) -> tuple[int, float, float]:
+    """Draws training batches from prepared records; see `Timed` for what is returned.
+
+    Args:
+      opened: the prepared set.
+      config: a whole config, of which `input`, `dataset.train_split`, `batch_size` and `seed` count.
+      images: a multiple of the batch size.
+    """
+    batches = input_pipeline.train_batches(
+        opened,
+        config.dataset.train_split,
+        input=config.input,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_threads=config.input.threads or None,
+    )
+    _draw(batches, AHEAD)
+    found = clock(images, lambda: _draw(batches, images // config.batch_size))
+    batches.close()
+    _settle()
+    return found
+
+
+def _draw(batches: Iterator, count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+def _settle() -> None:
+    """Waits until what a stream has left under way is done."""
+    cpu_seconds = -1.0
+    while time.process_time() > cpu_seconds + 0.01:
+        cpu_seconds = time.process_time()
+        time.sleep(0.1)
+
+
+class Raw:
+    """Decodes with libjpeg-turbo, in as many threads as the pipeline, the windows that `records` is timed on.
+
+    Args:
+      opened, config, images: as for `records`.
+
+    Attributes:
+      encoded: the JPEGs.
+      windows: (images, 4) int32: top, left, height, width in pixels.
+    """
+
+    def __init__(self, opened: input_pipeline.Records, config: Any, images: int):
+        import tensorflow as tf
+
+        index, places = opened.index(config.dataset.train_split), AHEAD * config.batch_size + np.arange(images)
+        with index.reader() as reader:
+            found = reader.read(input_pipeline._example_numbers(len(index), config.seed, places))
+        examples = [tf.train.Example.FromString(data).features.feature for data in found]
+        self.encoded = [example["image"].bytes_list.value[0] for example in examples]
+        corner, *_ = input_pipeline._draw(opened, config.input, len(index), config.seed, places)
+        self.windows = np.concatenate([corner, np.full_like(corner, config.input.crop)], axis=1)
+        self._threads = config.input.threads or os.cpu_count() or 1
+        # Several parts for each thread, so that none is done long before the last.
+        parts = np.array_split(np.arange(images), min(images, 8 * self._threads))
+        self._parts = [
+            (tf.constant([self.encoded[i] for i in part]), tf.constant(self.windows[part])) for part in parts
+        ]
+        # A graph, because single operations called from Python take a fifth longer.
+        self._graph = tf.function(self._decode_all, reduce_retracing=True, autograph=False)
+
+    def view(self, number: int) -> np.ndarray:
+        """One decoded window, (crop, crop, 3) uint8."""
+        return self._decode(self.encoded[number], self.windows[number]).numpy()
+
+    def _decode(self, encoded, window):
+        import tensorflow as tf
+
+        return tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
+
+    def _decode_all(self, encoded, windows):
+        import tensorflow as tf
+
+        def decode(i, total):
+            # The graph would leave out what nobody uses.
+            return i + 1, total + tf.cast(self._decode(encoded[i], windows[i])[0, 0, 0], tf.int32)
+
+        return tf.while_loop(lambda i, _: i < tf.size(encoded), decode, (0, 0), parallel_iterations=1)[1]
+
+    def decode(self) -> tuple[int, float, float]:
+        """Decodes all; see `Timed` for what is returned."""
+        with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+            return clock(len(self.encoded), lambda: list(pool.map(lambda part: self._graph(*part), self._parts)))
+
+
+def to_record(files: Sequence[pathlib.Path], config: Any) -> tuple[int, float, float]:
+    """Makes records of photographs, and forgets them; see `Timed` for what is returned."""
+    from datasets import records
+
+    def make(file):
+        records.to_record(file.read_bytes(), config.input.resize, config.dataset.max_pixels)
+
+    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+        return clock(len(files), lambda: collections.deque(pool.map(make, files), maxlen=0))
+
+
+def prepare(photographs: pathlib.Path, images: int, config: Any) -> tuple[int, float, float]:
+    """Prepares a folder of photographs, and removes the records; see `Timed` for what is returned."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        size = config.input.resize
+        return clock(images, lambda: input_pipeline.prepare(str(photographs), data_dir=folder, size=size))
+
+
+class Photographs:
+    """A data set as a PyTorch user writes it: item i is a view of photograph i, (crop, crop, 3) float32.
+
+    Args:
+      files: the photographs.
+      resize: of the shorter side, in pixels.
+      crop: side of the view in pixels.
+    """
+
+    def __init__(self, files: Sequence[pathlib.Path], resize: int, crop: int):
+        self._files, self._resize, self.crop = files, resize, crop
+        self._mean, self._scale = 255 * np.float32(MEAN), 1 / (255 * np.float32(STD))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        with Image.open(self._files[i]) as file:
+            image = file.convert("RGB")
+        scale = self._resize / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = (random.randint(0, side - self.crop) for side in image.size)
+        image = image.crop((left, top, left + self.crop, top + self.crop))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return (np.asarray(image, np.float32) - self._mean) * self._scale
+
+
+def pil(photographs: Photographs, batch_size: int, images: int) -> tuple[int, float, float]:
+    """Draws batches of views from worker processes, new ones each time; see `Timed` for what is returned.
+
+    Args:
+      photographs: the data set.
+      images: a multiple of the batch size.
+    """
+    count = images // batch_size
+    numbers = np.random.default_rng(0).permutation((count + 2 * AHEAD) * batch_size) % len(photographs)
+    stamps = collections.defaultdict(list)
+
+    def draw(count):
+        for _ in range(count):
+            batch, process, cpu_seconds = next(batches)
+            assert batch.shape == (batch_size, photographs.crop, photographs.crop, 3)
+            stamps[process].append(cpu_seconds)
+
+    with contextlib.closing(loader()[1](photographs, numbers.tolist(), batch_size)) as batches:
+        draw(AHEAD)
+        found, seconds, cpu_seconds = clock(images, lambda: draw(count))
+        # What the workers did up to their first batch was their start.
+        workers = sum(at[-1] - at[0] for at in stamps.values()) / sum(len(at) - 1 for at in stamps.values())
+    return found, seconds, cpu_seconds + count * workers
+
+
+def loader() -> tuple[str, Callable[[Photographs, list[int], int], Iterator[tuple[np.ndarray, int, float]]]]:
+    """PyTorch's loader where that is installed, else one of our own: its name, and a function.
+
+    The function takes a data set, the numbers of its items and a batch size, and yields of each batch its views, the
+    process that made it and the processor seconds of that process until then.
+    """
+    try:
+        import torch
+    except ImportError:
+        return "multiprocessing", _from_pool
+    return f"torch {torch.__version__}", _from_torch
+
+
+def _from_torch(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
+    import torch
+
+    options = dict(num_workers=CORES, collate_fn=_collate, multiprocessing_context="spawn")
+    for views, *stamp in torch.utils.data.DataLoader(photographs, batch_size, sampler=numbers, **options):
+        yield views.numpy(), *stamp
+
+
+def _collate(views: Sequence[np.ndarray]) -> tuple[Any, int, float]:
+    import torch
+
+    return torch.utils.data.default_collate(views), os.getpid(), time.process_time()
+
+
+def _from_pool(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
+    # As PyTorch does: batches cross in shared memory, and each worker is two ahead.
+    context, places = multiprocessing.get_context("spawn"), 2 * CORES + 1
+    shape = places, batch_size, photographs.crop, photographs.crop, 3
+    shared = context.RawArray("f", int(np.prod(shape)))
+    batches, under_way = np.frombuffer(shared, np.float32).reshape(shape), collections.deque()
+    with context.Pool(CORES, _join_pool, (photographs, shared, shape)) as pool:
+        for number, start in enumerate(range(0, len(numbers), batch_size)):
+            place = number % places
+            under_way.append((place, pool.apply_async(_fill, (place, numbers[start : start + batch_size]))))
+            if len(under_way) == places:
+                place, stamp = under_way.popleft()
+                yield batches[place], *stamp.get()
+
+
+def _join_pool(photographs: Photographs, shared: Any, shape: tuple[int, ...]) -> None:
+    global _joined
+    _joined = photographs, np.frombuffer(shared, np.float32).reshape(shape)
+
+
+def _fill(place: int, numbers: list[int]) -> tuple[int, float]:
+    photographs, batches = _joined
+    for row, number in zip(batches[place], numbers, strict=True):
+        row[:] = photographs[number]
+    return os.getpid(), time.process_time()
+
+
+def _measures(file: pathlib.Path) -> tuple[int, int]:
+    """Pixels and bytes of a photograph."""
+    with Image.open(file) as image:
+        return image.width * image.height, file.stat().st_size
+
+
+def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures with the views of a config; raises `UserError` where a flag or the photographs cannot work."""
+    check_ranges(vars(args), {"images": (1, 1 << 20), "rounds": (1, 1000), "size": (0, 4096)}, "--")
+    images = -(-args.images // config.batch_size) * config.batch_size
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(args.data_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        photographs = pathlib.Path(args.photographs)
+        name = f"{photographs.resolve().name}-{images}" + (f"-{args.size}" if args.size else "")
+        files = sample(photographs, folder / name, images, args.size)
+        directory = input_pipeline.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
+        opened = input_pipeline.Records.open(directory)
+
+        raw = Raw(opened, config, images)
+        loaded = Photographs(files, config.input.resize, config.input.crop)
+        candidates = {
+            "records": Timed(functools.partial(records, opened, config, images)),
+            "raw": Timed(raw.decode),
+            "to_record": Timed(functools.partial(to_record, files, config)),
+            "prepare": Timed(functools.partial(prepare, folder / name, len(files), config)),
+            "pil": Timed(functools.partial(pil, loaded, config.batch_size, images)),
+        }
+        raw.decode(), to_record(files[:64], config)  # the others warm up, or have already
+        seconds = measure.interleaved(candidates, args.rounds)
+        pixels, size = zip(*map(_measures, files), strict=True)
+    cpu_seconds = {name: candidate.cpu_seconds for name, candidate in candidates.items()}
+    rates = {name: 1 / min(values) for name, values in seconds.items()}
+    values = {
+        "photographs": len(files),
+        "photograph_pixels": float(np.mean(pixels)),
+        "photograph_bytes": float(np.mean(size)),
+        "scaled_to": args.size,
+        "record_bytes": float(np.mean([len(data) for data in raw.encoded])),
+        "images": images,
+        "batch_size": config.batch_size,
+        "rounds": args.rounds,
+        "pil_loader": loader()[0],
+        "images_per_second": rates,
+        "images_per_second_per_core": {name: rate / CORES for name, rate in rates.items()},
+        "cpu_seconds_per_image": {name: min(values) for name, values in cpu_seconds.items()},
+    }
+    for fast, slow in (("records", "raw"), ("to_record", "pil"), ("prepare", "pil")):
+        values[f"{fast}_times_{slow}"] = measure.ratio(seconds, slow, fast)
+        values[f"{fast}_times_{slow}_cpu"] = measure.ratio(cpu_seconds, slow, fast)
+    return values
+
+
+def main() -> None:
+    """Parses the flags, measures, and prints the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", required=True, help="a folder ROOT with ROOT/train/CLASS/*.jpg")
+    parser.add_argument("--images", type=int, default=4096, help="of a sample, and of a measurement")
+    parser.add_argument("--size", type=int, default=0, help="pixels of the longer side, to scale to; 0 does not scale")
+    parser.add_argument("--data_dir", default="", help="keeps the sample and its records, for the next time")
+    parser.add_argument("--rounds", type=int, default=3)
+    try:
+        measure.report("input", run(measure.recipe(), parser.parse_args()))
+    except UserError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Seconds from the start of main.py to its first step, and of a second start: `python -m benchmarks.start`.
+
+Trains configs/demo.py on two simulated devices, in a workdir of its own, until its second step is reported; the data
+set is prepared before. `first` compiles everything; `second` finds what `first` has left in JAX's compilation cache,
+which is off unless JAX_COMPILATION_CACHE_DIR names a folder for it.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from benchmarks import measure
+from errors import UserError, fail
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = ("--config=configs/demo.py", "--config.log_every.steps=1", "--config.num_steps=3", "--cpu_devices=2")
+
+
+def start(cache: pathlib.Path) -> tuple[float, float]:
+    """Starts main.py, and waits for its end.
+
+    Args:
+      cache: folder of the compilation cache.
+
+    Returns:
+      Seconds until the line of the first step, and the loss of the third.
+
+    Raises:
+      UserError: main.py fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-u", str(ROOT / "main.py"), *FLAGS, f"--workdir={folder}/run"]
+        known = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        begun, lines, first = time.perf_counter(), [], None
+        with subprocess.Popen(
+            command, cwd=ROOT, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if first is None and line.split()[:2] == ["step", "1"]:
+                    first = time.perf_counter() - begun
+        if process.returncode or first is None:
+            raise UserError(f"main.py ended with exit code {process.returncode}: {' '.join(lines[-1:])}")
+        losses = [line.split("loss ")[1].split()[0] for line in lines if line.split()[:2] == ["step", "3"]]
+    return first, float(losses[0])
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Measures starts, of which the second must compute what the first did; raises `UserError` where it does not."""
+    firsts, seconds = [], []
+    for number in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as cache:
+            first, loss = start(pathlib.Path(cache))
+            second, again = start(pathlib.Path(cache))
+        if loss != again:
+            raise UserError(f"With the compilation cache the loss of step 3 is {again}, and {loss} without it.")
+        if number:  # before the first round the data set may have been prepared, and no file was in memory
+            firsts.append(first)
+            seconds.append(second)
+    return {"rounds": rounds, "first_seconds": measure.spread(firsts), "second_seconds": measure.spread(seconds)}
+
+
+def main() -> None:
+    """Parses the flags, measures, and prints the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    try:
+        measure.report("start", run(parser.parse_args().rounds))
+    except UserError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What the benchmarks compare is the same work, and their figures are those of known runs; no speed is tested."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import input_pipeline
+import recipes
+import runs
+from benchmarks import end_to_end, input, measure
+from errors import UserError
+
+CANDIDATES = {"records", "raw", "to_record", "prepare", "pil"}
+
+
+def narrow():
+    config = recipes.narrow()
+    config.batch_size = 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return data.make_folder(tmp_path_factory.mktemp("benchmarks") / "photos", {"train": 30}, runs.CLASSES)
+
+
+@pytest.fixture(scope="module")
+def opened(photographs):
+    cache = str(photographs.parent / "cache")
+    return input_pipeline.Records.open(input_pipeline.prepare(str(photographs), data_dir=cache, size=80))
+
+
+@pytest.fixture
+def one_worker(monkeypatch):
+    monkeypatch.setattr(input, "CORES", 1)  # a worker's start takes seconds
+
+
+def test_input_times_what_was_asked(photographs, tmp_path, capsys, monkeypatch, one_worker):
+    monkeypatch.setattr(input, "loader", lambda: ("multiprocessing", input._from_pool))
+    args = argparse.Namespace(photographs=str(photographs), images=20, size=0, data_dir=str(tmp_path), rounds=1)
+    measure.report("input", input.run(narrow(), args))
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    copies = {path.read_bytes() for path in (tmp_path / "photos-24").rglob("*.jpg")}
+    originals = {path.read_bytes() for path in photographs.rglob("*.jpg")}
+    assert len(copies) == values["photographs"] == values["images"] == 24, "20, in batches of 8"
+    assert copies < originals
+    assert values["photograph_pixels"] == 96 * 80
+    for figures in ("images_per_second", "images_per_second_per_core", "cpu_seconds_per_image"):
+        assert set(values[figures]) == CANDIDATES
+        assert min(values[figures].values()) > 0
+    for fast, slow in (("records", "raw"), ("to_record", "pil"), ("prepare", "pil")):
+        rates, ratio = values["images_per_second"], values[f"{fast}_times_{slow}"]
+        assert ratio["median"] == pytest.approx(rates[fast] / rates[slow], rel=2e-3)
+        rates, ratio = values["cpu_seconds_per_image"], values[f"{fast}_times_{slow}_cpu"]
+        assert ratio["median"] == pytest.approx(rates[slow] / rates[fast], rel=2e-3)
+
+
+def test_photographs_are_scaled_by_their_longer_side(photographs, tmp_path):
+    files = input.sample(photographs, tmp_path / "scaled", 5, 480)
+    assert len(files) == 5
+    for file in files:
+        with Image.open(file) as image:
+            assert image.size == (480, 400)
+
+
+def test_raw_decodes_the_windows_that_the_pipeline_yields(opened):
+    config, count = narrow(), 24
+    raw = input.Raw(opened, config, count)
+    batches = input_pipeline.train_batches(opened, "train", input=config.input, batch_size=8, seed=config.seed)
+    for _ in range(input.AHEAD):
+        next(batches)
+    views = np.concatenate([next(batches)["image"] for _ in range(count // 8)])
+    mirrored = 0
+    for number, view in enumerate(views):
+        alone = raw.view(number)
+        # At its sides libjpeg lacks the colours of the neighbours, which the pipeline gives it.
+        found = [np.array_equal(some[:, 2:-2], view[:, 2:-2]) for some in (alone, alone[:, ::-1])]
+        assert any(found), number
+        mirrored += found[1]
+    assert 0 < mirrored < count
+    assert raw.decode()[0] == count
+    decoded = sum(int(raw._graph(*part)) for part in raw._parts)
+    assert decoded == sum(int(raw.view(number)[0, 0, 0]) for number in range(count)), "none is left out"
+
+
+@pytest.mark.parametrize("batches_of", [input._from_torch, input._from_pool])
+def test_loaders_yield_standardised_views_in_order(batches_of, tmp_path, one_worker):
+    if batches_of is input._from_torch:
+        pytest.importorskip("torch")
+    files, levels = [tmp_path / f"{number}.jpg" for number in range(4)], [10, 60, 130, 250]
+    for file, level in zip(files, levels, strict=True):
+        Image.new("RGB", (60, 50), (level, level, 255 - level)).save(file, quality=95)
+    numbers = [3, 1, 0, 2] * 4 * input.AHEAD
+    stream = batches_of(input.Photographs(files, 40, 32), numbers, 4)
+    for _ in range(2):
+        views, process, cpu_seconds = next(stream)
+        assert views.dtype == np.float32 and process > 0 and cpu_seconds > 0
+        wanted = np.array([(levels[i], levels[i], 255 - levels[i]) for i in numbers[:4]]) / 255
+        wanted = (wanted - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        np.testing.assert_allclose(views, np.broadcast_to(wanted[:, None, None], (4, 32, 32, 3)), atol=0.06)
+    stream.close()
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.input", f"--photographs={tmp_path / 'none'}"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"The data folder {tmp_path / 'none'} does not exist" in runs.sentence(done.stderr)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
+def test_end_to_end_times_main_beside_its_stages(photographs, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])  # which compiles sooner
+    args = argparse.Namespace(
+        dataset=str(photographs), data_dir=str(photographs.parent / "cache"), steps=7, batch_size=8, width=0.125
+    )
+    vars(args).update(cpu_devices=1, rounds=1, seconds=0.1)
+    small = [
+        "input.resize=80",
+        "input.crop=67",
+        "input.scale=0.0156",
+        "model.init=he",
+        "model.towers=1",
+        "model.lrn=False",
+    ]
+    values = end_to_end.run(args, [f"--config.{field}" for field in small])
+    assert (values["steps"], values["batch_size"], values["devices"]) == (5, 8, 1)
+    rates = {name: values[f"{name}_images_per_second"] for name in ("end_to_end", "step", "pipeline")}
+    assert values["end_to_end_times_limit"]["median"] == pytest.approx(
+        rates["end_to_end"] / min(rates["step"], rates["pipeline"])
+    )
+    assert 0 <= values["input_wait"] <= 1
+
+
+# Writes what a run of 10 steps would, holding 100 MB more memory from the sixth on.
+PROGRAM = """
+import json, pathlib, sys, time
+workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
+workdir.mkdir()
+if "fail" in sys.argv:
+    sys.exit("error: it cannot.")
+with (workdir / "metrics.jsonl").open("w") as file:
+    def write(step, **values):
+        file.write(json.dumps({"step": step} | {f"train/{name}": value for name, value in values.items()}) + "\\n")
+        file.flush()
+        time.sleep(0.3)
+    write(2, images_per_second=1.0, input_wait=1.0)
+    write(4, images_per_second=100.0, input_wait=0.1)
+    held = bytes(b"1") * (100 << 20)
+    write(6, images_per_second=50.0, input_wait=0.3)
+"""
+
+
+def test_a_run_is_read_without_its_first_interval(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text(PROGRAM)
+    monkeypatch.setattr(end_to_end, "ROOT", tmp_path)
+    monkeypatch.setattr(end_to_end, "SECONDS_BETWEEN_SAMPLES", 0.05)
+    training = end_to_end.Training(["--config=x"], log_every=2)
+    assert training() == pytest.approx((1 / 100 + 1 / 50) / 2)
+    assert training.input_wait == [pytest.approx(0.2)]
+    assert 100e6 < max(training.memory) - min(training.memory) < 110e6
+    with pytest.raises(UserError, match=r"main.py ended with exit code 1: error: it cannot\."):
+        end_to_end.Training(["fail"], log_every=2)()
