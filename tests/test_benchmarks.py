@@ -1,6 +1,7 @@
 """What the benchmarks compare is the same work, and their figures are those of known runs; no speed is tested."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import data
 import input_pipeline
 import recipes
 import runs
-from benchmarks import end_to_end, input, measure
+from benchmarks import end_to_end, input, layers, measure, step
 from errors import UserError
+from models import alexnet
 
 CANDIDATES = {"records", "raw", "to_record", "prepare", "pil"}
 
@@ -113,6 +115,30 @@ def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"The data folder {tmp_path / 'none'} does not exist" in runs.sentence(done.stderr)
+
+
+def test_layers_are_those_of_the_step():
+    """Each part takes what the one before it gives, and their operations are those of a training step."""
+    config = recipes.narrow()
+    parts = layers.parts(config)
+    names = [part.name for part in parts]
+    assert [name for name in names if name.startswith(("conv", "fc"))] == list(alexnet.LAYERS)
+    assert [name for name in names if name[-1] == "1"] == ["conv1", "activate1", "normalize1", "pool1", "dropout1"]
+    assert names[-1] == "update"
+    done = sum(part.flops + part.flops_backward for part in parts)
+    assert done == config.batch_size * step.training_flops(config)
+
+    for part, after in itertools.pairwise(parts[:-1]):
+        # The halves of two towers, or what both see.
+        given = jax.eval_shape(part.function, part.params, *part.inputs).size
+        assert sum(x.size for x in jax.tree.leaves(after.inputs)) == given, (part.name, after.name)
+
+    pool = parts[names.index("pool2")]
+    (forward, _, moved), (_, _, moved_backward) = layers.candidates(pool).values()
+    n, side, pooled, channels = config.batch_size, 7, 3, 32
+    assert moved == 4 * n * channels * (side**2 + pooled**2), "float32 maps before and after"
+    assert moved_backward == 4 * n * channels * (2 * side**2 + pooled**2), "and the gradient of the former"
+    assert forward() > 0
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import models
 import optimizer
 import parallel
 import recipes
@@ -38,6 +39,16 @@ def make_layout(name):
 @pytest.fixture(scope="module")
 def alone():
     return run(recipes.narrow(), make_layout("one device"), 10)
+
+
+@pytest.mark.parametrize("cores,devices,parts", [(1, 1, 1), (2, 1, 2), (2, 2, 1), (8, 2, 2)])
+def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, parts):
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    layout = parallel.Layout(devices=jax.devices()[:devices])
+    assert layout.towers(2).parts == layout.towers(1).parts == parts
+    network = models.build(recipes.narrow().model, layout.towers(2), 67)
+    images = np.ones((3, 67, 67, 3), np.float32)  # an odd number goes as one
+    assert jax.eval_shape(network.init_with_output, jax.random.key(0), images)[0].shape == (3, 7)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
