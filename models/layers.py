@@ -210,13 +210,13 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 
 def _max_pool_forward(x, window, stride):
-    y = max_pool(x, window, stride)
-    return y, (x, y)
+    rows = _max(x, 2, window, stride)
+    y = _max(rows, 1, window, stride)
+    return y, (x, rows, y)
 
 
 def _max_pool_backward(window, stride, saved, g):
-    x, y = lax.optimization_barrier(saved)  # keeps XLA from keeping `rows` of the forward pass, which is large
-    rows = _max(x, 2, window, stride)
+    x, rows, y = saved
     # The first maximum of the first row that has one is the first in row order, as XLA and PyTorch have it.
     return (_max_gradient(x, rows, _max_gradient(rows, y, g, 1, window, stride), 2, window, stride),)
 
@@ -290,8 +290,7 @@ def _kernel_gradient_by_patches(x, kernel, g, stride, padding):
     xs, gs = _split(x, chunk), _split(g, chunk)
 
     def product(i):
-        # The barrier keeps padding out of the loops that gather the patches, which it would slow down.
-        folded = lax.optimization_barrier(_fold(xs[i], width, stride, padding))
+        folded = _fold(xs[i], width, stride, padding)
         reach = (rows - 1) * stride + 1
         seen = [folded[:, r : r + reach : stride, b : b + columns] for r in range(height) for b in range(blocks)]
         patches = jnp.concatenate(seen, axis=-1).astype(_wide(x.dtype))
