@@ -1,7 +1,6 @@
 """Training: a run in its workdir, the loop over steps, and what is refused before it begins."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -12,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -20,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 import checkpoint
 import evaluate
@@ -113,12 +112,6 @@ class Run:
             workdirs.check(config, self.workdir)
         self._shapes = state_shapes(config)
         check_memory(config, self._shapes, jax.process_count())
-        initial = None
-        if self._is_first and not checkpoint.exists(self.workdir):
-            # To compile this takes seconds, as does the import of TensorFlow, which opens the records.
-            any_rates = optimizer.Rates(config.optimizer, config.schedule, 1.0)
-            rule = optimizer.build(config.optimizer, any_rates)
-            initial = concurrent.futures.ThreadPoolExecutor(1).submit(update.init_state, config, rule)
         self.records = input_pipeline.open_records(config.dataset, config.input, warn=self._is_first)
         if self.records.num_classes != config.model.num_classes:
             raise UserError(
@@ -137,7 +130,7 @@ class Run:
 
         state, known = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes), {}
         if self._is_first:
-            state, known = self._open(initial.result if initial else lambda: update.init_state(config, rule))
+            state, known = self._open(rule)
         known = json.loads(processes.gather_text(json.dumps(known))[0])
         if known:
             self.resumed = True
@@ -171,7 +164,7 @@ class Run:
             if differ := workdirs.differences(first, other, own, ("in process 0", f"in process {number}")):
                 raise UserError(f"All processes of a run need the same config and data. Different: {differ}.")
 
-    def _open(self, initial: Callable[[], update.State]) -> tuple[update.State, dict[str, Any]]:
+    def _open(self, rule: optax.GradientTransformation) -> tuple[update.State, dict[str, Any]]:
         """Opens the workdir; the merged state to begin with, and what a checkpoint knows besides ({} without one)."""
         # Before anything is written, for it may not be there; a run with a checkpoint of its own no longer needs it.
         begun = checkpoint.exists(self.workdir)
@@ -182,7 +175,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(self.workdir)
         if restored := self.checkpoints.restore_latest(self._shapes):
             return restored
-        state = jax.device_get(initial())
+        state = jax.device_get(update.init_state(self.config, rule))
         params = flax.traverse_util.flatten_dict(state.params)
         if taken_over:
             new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
