@@ -70,9 +70,10 @@ def test_spatial_response_normalization(size, power, shape):
     )
 
 
-def test_normalization_of_large_values():
-    """Activations reach thousands early in training."""
+def test_normalization_of_large_values_in_many_chunks(monkeypatch):
+    """Activations reach thousands early in training; and chunks of examples must not be seen."""
     constants = LRN[0]
+    monkeypatch.setattr(layers, "_MAPS_BYTES", 2000)
     values = [300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8))]
     check(
         functools.partial(layers.local_response_normalization, **constants),
