@@ -66,8 +66,8 @@ def _sum_of_neighbours(x, before, after, *, groups):
     """Sums over a window of maps around each, within its group; a product with a band of ones where that is faster."""
 
     def product(x):
-        distance = np.arange(x.shape[-1])[:, None] - np.arange(x.shape[-1])
-        return x @ jnp.asarray((-before <= distance) & (distance <= after), x.dtype)
+        distance = jnp.arange(x.shape[-1])[:, None] - jnp.arange(x.shape[-1])
+        return x @ ((-before <= distance) & (distance <= after)).astype(x.dtype)
 
     def shifts(x):
         return _window_sum(x, x.ndim - 1, before, after)

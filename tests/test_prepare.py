@@ -299,17 +299,18 @@ def test_the_generated_set_is_balanced(tmp_path, monkeypatch):
 
 # Real processes.
 
-# At the fourth image the process says so, and waits.
+# At the fourth image the process writes a file, and waits until somebody takes it away.
 HELD = """
 import pathlib, runpy, sys, time
 from datasets import records
-flag, seconds = pathlib.Path(sys.argv.pop(1)), float(sys.argv.pop(1))
+flag = pathlib.Path(sys.argv.pop(1))
 original, seen = records.to_record, []
 def to_record(*arguments):
     seen.append(arguments)
     if len(seen) == 4:
         flag.touch()
-        time.sleep(seconds)
+        while flag.exists():
+            time.sleep(0.02)
     return original(*arguments)
 records.to_record = to_record
 runpy.run_module("tools.prepare", run_name="__main__")
@@ -413,7 +414,7 @@ def wait_for(file, process):
 
 def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 6})
-    process = start(folder, tmp_path, ["-c", HELD, str(tmp_path / "held"), "60"], "--size=32")
+    process = start(folder, tmp_path, ["-c", HELD, str(tmp_path / "held")], "--size=32")
     wait_for(tmp_path / "held", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -424,16 +425,17 @@ def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path):
 
 def test_two_preparations_at_once_do_the_work_once_and_quietly(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
-    first = start(folder, tmp_path, ["-c", HELD, str(tmp_path / "held"), "6"])
+    first = start(folder, tmp_path, ["-c", HELD, str(tmp_path / "held")])
     wait_for(tmp_path / "held", first)
     second = start(folder, tmp_path, ["-m", "tools.prepare"])
+    waiting = second.stdout.readline()
+    (tmp_path / "held").unlink()
     (out, err), (second_out, second_err) = first.communicate(timeout=60), second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), err + second_err
     assert (err, second_err) == ("", ""), "TensorFlow or TFDS is heard"
     preparing, *summary = out.splitlines()
     assert preparing.startswith("Preparing 10 images of ")
-    waiting, *second_summary = second_out.splitlines()
-    assert waiting == "Another process prepares photos; waiting for it."
-    assert second_summary == summary
+    assert waiting == "Another process prepares photos; waiting for it.\n"
+    assert second_out.splitlines() == summary
     assert [line.split()[0] for line in summary] == ["records", "from", "test", "train", "classes", "mean", "principal"]
     assert leftovers(tmp_path) == ["photos-256"]
