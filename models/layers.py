@@ -181,23 +181,50 @@ def _max(x, axis, window, stride):
     return functools.reduce(jnp.maximum, _slices(x, axis, window, stride, -jnp.inf))
 
 
-def _max_gradient(x, y, g, axis, window, stride):
-    """Gathers for each x[q · stride + phase] what the windows q, q − 1, … pass to their first maximum."""
-    later = (window - 1) // stride
-    phases = [jnp.zeros_like(_pad(g, axis, 0, later)) for _ in range(stride)]
-    taken = False
-    for j, part in enumerate(_slices(x, axis, window, stride, -jnp.inf)):
-        equal = part == y
-        passed = jnp.where(equal & ~taken if j else equal, g, 0)
-        taken = taken | equal
-        phases[j % stride] += _pad(passed, axis, j // stride, later - j // stride)
-    gradient = jnp.stack(phases, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-    size = x.shape[axis]
-    gradient = _pad(gradient, axis, 0, max(0, size - gradient.shape[axis]))
-    return lax.slice_in_dim(gradient, 0, size, axis=axis)
+def _max_and_place(x, window, stride):
+    """The maxima, and where in its window, row by row, each of them stands first."""
+    y = _max_pool(x, window, stride, x.shape)
+    last = window**2 - 1
+    rows = _slices(x, 1, window, stride, -jnp.inf)
+    slices = [part for row in rows for part in _slices(row, 2, window, stride, -jnp.inf)]
+    place = jnp.full(y.shape, last, np.min_scalar_type(last))
+    for k in reversed(range(last)):
+        place = jnp.where(slices[k] == y, jnp.asarray(k, place.dtype), place)
+    return y, place
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window, stride, shape):
+    return _max(_max(x, 2, window, stride), 1, window, stride)
+
+
+def _max_pool_forward(x, window, stride, shape):
+    function = functools.partial(_max_and_place, window=window, stride=stride)
+
+    def chunks(x):
+        # What leaves a loop is not computed again where it is used, as XLA would do with these.
+        chunk = _chunk(len(x), math.prod(x.shape[1:]) * x.dtype.itemsize, _MAPS_BYTES)
+        return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), lax.map(function, _split(x, chunk)))
+
+    return lax.platform_dependent(x, cpu=chunks, default=function)
+
+
+def _max_pool_backward(window, stride, shape, place, g):
+    def spread(row, column):
+        """What passes to this place of every window, at that pixel."""
+        passed = jnp.where(place == row * window + column, g, 0)
+        widths = [(0, 0, 0)] * g.ndim
+        for axis, before in ((1, row), (2, column)):
+            reach = (g.shape[axis] - 1) * stride + 1
+            widths[axis] = (before, shape[axis] - before - reach, stride - 1)
+        return lax.pad(passed, jnp.zeros((), g.dtype), widths)
+
+    return (functools.reduce(jnp.add, (spread(i, j) for i in range(window) for j in range(window))),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """Maximum over window×window pixels; the last window may run over the bottom and right edge.
 
@@ -206,22 +233,7 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     Raises:
       ValueError: the window is larger than the input.
     """
-    return _max(_max(x, 2, window, stride), 1, window, stride)
-
-
-def _max_pool_forward(x, window, stride):
-    rows = _max(x, 2, window, stride)
-    y = _max(rows, 1, window, stride)
-    return y, (x, rows, y)
-
-
-def _max_pool_backward(window, stride, saved, g):
-    x, rows, y = saved
-    # The first maximum of the first row that has one is the first in row order, as XLA and PyTorch have it.
-    return (_max_gradient(x, rows, _max_gradient(rows, y, g, 1, window, stride), 2, window, stride),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+    return _max_pool(x, window, stride, x.shape)
 
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
