@@ -79,10 +79,16 @@ def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformati
 
         gradients, values = jax.grad(loss_of, has_aux=True)(state.params)
         gradients, values = layout.mean((gradients, values))
-        updates, opt_state = rule.update(
-            gradients, state.opt_state, state.params, step=state.step, rate_factor=rate_factor
-        )
-        params = optax.apply_updates(state.params, updates)
+
+        def update(gradients, opt_state, params):
+            rest = dict(step=state.step, rate_factor=rate_factor)
+            updates, opt_state = rule.update(gradients, opt_state, params, **rest)
+            return optax.apply_updates(params, updates), opt_state
+
+        # Along an axis of devices, of length 1, such as pmap has taken off and puts on again: with a change of shape in
+        # between, XLA would compute the velocity twice, and copy it and the parameters first.
+        along = jax.tree.map(lambda leaf: leaf[None], (gradients, state.opt_state, state.params))
+        params, opt_state = jax.tree.map(lambda leaf: leaf[0], jax.vmap(update)(*along))
         values["stop"] = layout.largest(stop)
         return State(step=state.step + 1, params=params, opt_state=opt_state), values
 
