@@ -377,9 +377,8 @@ def train_batches(
                 yield data, *_draw(records, input, len(index), seed, g)
                 step += 1
 
-    def view(data, corner, reflect, shift, gain):
-        image, label = _parse(data)
-        image = _decode(image, records.image_size, (*tf.unstack(corner), input.crop, input.crop))
+    def view(encoded, label, corner, reflect, shift, gain):
+        image = _decode(encoded, records.image_size, (*tf.unstack(corner), input.crop, input.crop))
         image = tf.cond(reflect, lambda: tf.reverse(image, [1]), lambda: image)
         return {"image": image, "label": label, "shift": shift, "gain": gain}
 
@@ -390,8 +389,7 @@ def train_batches(
         tf.TensorSpec([rows, 3], tf.float32),
         tf.TensorSpec([rows], tf.float32),
     )
-    stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records)
+    return _batches(chunks, signature, view, rows, num_threads, records)
 
 
 def eval_batches(
@@ -426,13 +424,11 @@ def eval_batches(
                 mask = (numbers < len(index)).astype(np.float32)
                 yield reader.read(np.minimum(numbers, len(index) - 1)), mask
 
-    def view(data, mask):
-        image, label = _parse(data)
-        return {"image": _decode(image, records.image_size), "label": label, "mask": mask}
+    def view(encoded, label, mask):
+        return {"image": _decode(encoded, records.image_size), "label": label, "mask": mask}
 
     signature = (tf.TensorSpec([rows], tf.string), tf.TensorSpec([rows], tf.float32))
-    stream = tf.data.Dataset.from_generator(chunks, output_signature=signature).prefetch(2).unbatch()
-    return _batches(stream.map(view, num_parallel_calls=_threads(num_threads)), rows, num_threads, records)
+    return _batches(chunks, signature, view, rows, num_threads, records)
 
 
 # Everything that is random.
@@ -496,8 +492,13 @@ def _threads(num_threads: int | None) -> int:
     return num_threads or os.cpu_count() or 1
 
 
-def _batches(examples, rows: int, num_threads: int | None, records: Records) -> Iterator[Batch]:
-    """Batches a tf.data stream of examples in order, a few batches ahead of their use."""
+def _batches(chunks, signature, view, rows: int, num_threads: int | None, records: Records) -> Iterator[Batch]:
+    """Batches of views in order, a few batches ahead of their use.
+
+    Args:
+      chunks: a generator function; it yields serialised examples and what else belongs to each of them, by `signature`.
+      view: makes an element of an encoded image, its label, and the rest.
+    """
     tf = _tensorflow()
     # Found now, for at exit the module may be gone before the generator. Where TensorFlow's message quotes the damaged
     # record, it is no text.
@@ -505,7 +506,11 @@ def _batches(examples, rows: int, num_threads: int | None, records: Records) -> 
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _threads(num_threads)
-    batches = examples.batch(rows, drop_remainder=True).with_options(options).prefetch(2)
+    read = tf.data.Dataset.from_generator(chunks, output_signature=signature)
+    # Parsed many at a time, for each operation on one of them costs microseconds.
+    examples = read.map(lambda data, *rest: (*_parse(data), *rest)).prefetch(2).unbatch()
+    views = examples.map(view, num_parallel_calls=_threads(num_threads))
+    batches = views.batch(rows, drop_remainder=True).with_options(options).prefetch(2)
     classes = set(range(records.num_classes))
     try:
         for batch in batches.as_numpy_iterator():
@@ -522,7 +527,7 @@ def _batches(examples, rows: int, num_threads: int | None, records: Records) -> 
 
 
 def _parse(serialized):
-    """(encoded image, label) of a serialised example; of one that has changed, an image that cannot be decoded."""
+    """(encoded images, labels) of serialised examples; of one that has changed, an image that cannot be decoded."""
     import tensorflow as tf
 
     from datasets.records import fingerprint
@@ -530,7 +535,7 @@ def _parse(serialized):
     number = functools.partial(tf.io.FixedLenFeature, [], tf.int64)
     # Sets prepared by earlier versions have no fingerprints.
     features = {"image": tf.io.FixedLenFeature([], tf.string), "label": number(), "fingerprint": number(-1)}
-    example = tf.io.parse_single_example(serialized, features)
+    example = tf.io.parse_example(serialized, features)
     image, label, expected = example["image"], example["label"], example["fingerprint"]
     sound = (expected < 0) | (expected == fingerprint(label, image))
     return tf.where(sound, image, ""), tf.cast(label, tf.int32)
@@ -553,7 +558,7 @@ def _decode(encoded, size: int, window=None):
         start = tf.maximum(left - 2, 0)
         wider = tf.minimum(left + width + 2, size) - start
         image = tf.io.decode_and_crop_jpeg(encoded, tf.stack([top, start, height, wider]), **exactly)
-        return image[:, left - start :][:, :width]
+        return tf.ensure_shape(tf.slice(image, [0, left - start, 0], [height, width, 3]), (height, width, 3))
     image = tf.ensure_shape(tf.io.decode_png(encoded, channels=3), (size, size, 3))
     return image if window is None else tf.image.crop_to_bounding_box(image, *window)
 
