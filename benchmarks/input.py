@@ -1,16 +1,20 @@
-"""Images a second of the input pipeline, beside raw libjpeg-turbo and a PyTorch loader: `python -m benchmarks.input`.
+"""Images a second of the input pipeline, beside raw libjpeg-turbo and a Pillow loader: `python -m benchmarks.input`.
 
     python -m benchmarks.input --photographs=ROOT                   a folder ROOT/train/CLASS/*.jpg
     python -m benchmarks.input --photographs=ROOT --size=500        scaled to ImageNet's usual size first
 
 What is compared works on a sample of the same photographs, on all cores, in turn, round by round:
 
-    records     batches for training from prepared records: random crop, reflection, lighting
-    raw         libjpeg-turbo on the bytes of the same records and the same windows of them, and nothing else: the limit
-    to_record   photographs to records, encoded: what `tools.prepare` does to each image
-    prepare     the whole of `tools.prepare`, its start and the writing of the files with it
-    pil         photographs to batches for training as PyTorch users load them: Pillow, the shorter side to 256, random
-                crop, reflection, standardised floats, in one process for each core
+    records           batches for training from prepared records: random crop, reflection, lighting
+    raw               libjpeg-turbo on the bytes of the same records and the same windows of them, and nothing else: the
+                      limit
+    to_record         photographs to records, encoded: what `tools.prepare` does to each image
+    prepare           the whole of `tools.prepare`, its start and the writing of the files with it
+    pil               photographs to batches for training as PyTorch users load them: Pillow, the shorter side to 256,
+                      random crop, reflection, standardised floats, in one process for each core
+
+From these comes `from_photographs`, a view in a run of the paper's 90 epochs that begins with photographs: an
+image is prepared once, and read as a record in each epoch.
 
 `records` and `pil` are timed between batches of a stream that was under way before and goes on afterwards, so that
 neither their start nor what was prepared ahead counts. Processor time is that of all threads and of worker processes.
@@ -275,7 +279,7 @@ def pil(photographs: Photographs, batch_size: int, images: int) -> tuple[int, fl
             assert batch.shape == (batch_size, photographs.crop, photographs.crop, 3)
             stamps[process].append(cpu_seconds)
 
-    with contextlib.closing(loader()[1](photographs, numbers.tolist(), batch_size)) as batches:
+    with contextlib.closing(_batches_of(photographs, numbers.tolist(), batch_size)) as batches:
         draw(AHEAD)
         found, seconds, cpu_seconds = clock(images, lambda: draw(count))
         # What the workers did up to their first batch was their start.
@@ -283,35 +287,11 @@ def pil(photographs: Photographs, batch_size: int, images: int) -> tuple[int, fl
     return found, seconds, cpu_seconds + count * workers
 
 
-def loader() -> tuple[str, Callable[[Photographs, list[int], int], Iterator[tuple[np.ndarray, int, float]]]]:
-    """PyTorch's loader where that is installed, else one of our own: its name, and a function.
+def _batches_of(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
+    """Yields of each batch its views, the process that made it and the processor seconds of that process until then.
 
-    The function takes a data set, the numbers of its items and a batch size, and yields of each batch its views, the
-    process that made it and the processor seconds of that process until then.
+    As in PyTorch's loader batches cross in shared memory and each worker is two ahead; it is a little faster than that.
     """
-    try:
-        import torch
-    except ImportError:
-        return "multiprocessing", _from_pool
-    return f"torch {torch.__version__}", _from_torch
-
-
-def _from_torch(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
-    import torch
-
-    options = dict(num_workers=CORES, collate_fn=_collate, multiprocessing_context="spawn")
-    for views, *stamp in torch.utils.data.DataLoader(photographs, batch_size, sampler=numbers, **options):
-        yield views.numpy(), *stamp
-
-
-def _collate(views: Sequence[np.ndarray]) -> tuple[Any, int, float]:
-    import torch
-
-    return torch.utils.data.default_collate(views), os.getpid(), time.process_time()
-
-
-def _from_pool(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
-    # As PyTorch does: batches cross in shared memory, and each worker is two ahead.
     context, places = multiprocessing.get_context("spawn"), 2 * CORES + 1
     shape = places, batch_size, photographs.crop, photographs.crop, 3
     shared = context.RawArray("f", int(np.prod(shape)))
@@ -368,6 +348,9 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         seconds = measure.interleaved(candidates, args.rounds)
         pixels, size = zip(*map(_measures, files), strict=True)
     cpu_seconds = {name: candidate.cpu_seconds for name, candidate in candidates.items()}
+    for of in seconds, cpu_seconds:
+        both = zip(of["prepare"], of["records"], strict=True)
+        of["from_photographs"] = [once / config.num_epochs + each for once, each in both]
     rates = {name: 1 / min(values) for name, values in seconds.items()}
     values = {
         "photographs": len(files),
@@ -377,13 +360,13 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         "record_bytes": float(np.mean([len(data) for data in raw.encoded])),
         "images": images,
         "batch_size": config.batch_size,
+        "epochs": config.num_epochs,
         "rounds": args.rounds,
-        "pil_loader": loader()[0],
         "images_per_second": rates,
         "images_per_second_per_core": {name: rate / CORES for name, rate in rates.items()},
         "cpu_seconds_per_image": {name: min(values) for name, values in cpu_seconds.items()},
     }
-    for fast, slow in (("records", "raw"), ("to_record", "pil"), ("prepare", "pil")):
+    for fast, slow in (("records", "raw"), ("from_photographs", "pil"), ("to_record", "pil"), ("prepare", "pil")):
         values[f"{fast}_times_{slow}"] = measure.ratio(seconds, slow, fast)
         values[f"{fast}_times_{slow}_cpu"] = measure.ratio(cpu_seconds, slow, fast)
     return values

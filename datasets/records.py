@@ -191,7 +191,7 @@ class Statistics:
     @classmethod
     def empty(cls, size: int) -> "Statistics":
         """Before the first image."""
-        return cls(0, np.zeros((size, size, 3), np.int64), np.zeros((3, 3), np.float64))
+        return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))  # whole numbers up to 2^53
 
     def add(self, pixels: np.ndarray, outer: np.ndarray) -> None:
         """Counts one image and its `outer_product`."""
@@ -213,10 +213,14 @@ class Statistics:
 
 
 def outer_product(pixels: np.ndarray) -> np.ndarray:
-    """The sum over pixels of RGB's outer product with itself: (H, W, 3) uint8 to (3, 3) float64."""
-    rgb = pixels.reshape(-1, 3)
-    parts = (rgb[start : start + (1 << 20)].astype(np.float64) for start in range(0, len(rgb), 1 << 20))
-    return sum(part.T @ part for part in parts)
+    """The sum over pixels of RGB's outer product with itself: (H, W, 3) uint8 to (3, 3) float64, without rounding."""
+    # Sums of 256 such products, at most 256 · 255², are whole numbers that float32 still counts. Eight pixels side by
+    # side make a product that is worth its call, and of its sums those of a pixel with itself are taken.
+    values = pixels.ravel()
+    together = np.zeros((-(-values.size // (256 * 24)), 256, 24), np.float32)
+    together.reshape(-1)[: values.size] = values
+    sums = (together.transpose(0, 2, 1) @ together).sum(0, dtype=np.float64).reshape(8, 3, 8, 3)
+    return np.einsum("aiaj->ij", sums)
 
 
 def directory(data_dir: str | pathlib.Path, name: str, size: int) -> pathlib.Path:

@@ -19,7 +19,7 @@ from benchmarks import end_to_end, input, layers, measure, step
 from errors import UserError
 from models import alexnet
 
-CANDIDATES = {"records", "raw", "to_record", "prepare", "pil"}
+CANDIDATES = {"records", "raw", "to_record", "prepare", "pil", "from_photographs"}
 
 
 def narrow():
@@ -44,8 +44,7 @@ def one_worker(monkeypatch):
     monkeypatch.setattr(input, "CORES", 1)  # a worker's start takes seconds
 
 
-def test_input_times_what_was_asked(photographs, tmp_path, capsys, monkeypatch, one_worker):
-    monkeypatch.setattr(input, "loader", lambda: ("multiprocessing", input._from_pool))
+def test_input_times_what_was_asked(photographs, tmp_path, capsys, one_worker):
     args = argparse.Namespace(photographs=str(photographs), images=20, size=0, data_dir=str(tmp_path), rounds=1)
     measure.report("input", input.run(narrow(), args))
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -57,7 +56,9 @@ def test_input_times_what_was_asked(photographs, tmp_path, capsys, monkeypatch, 
     for figures in ("images_per_second", "images_per_second_per_core", "cpu_seconds_per_image"):
         assert set(values[figures]) == CANDIDATES
         assert min(values[figures].values()) > 0
-    for fast, slow in (("records", "raw"), ("to_record", "pil"), ("prepare", "pil")):
+    seconds = values["cpu_seconds_per_image"]
+    assert seconds["from_photographs"] == pytest.approx(seconds["prepare"] / 90 + seconds["records"], rel=2e-3)
+    for fast, slow in (("records", "raw"), ("from_photographs", "pil"), ("to_record", "pil"), ("prepare", "pil")):
         rates, ratio = values["images_per_second"], values[f"{fast}_times_{slow}"]
         assert ratio["median"] == pytest.approx(rates[fast] / rates[slow], rel=2e-3)
         rates, ratio = values["cpu_seconds_per_image"], values[f"{fast}_times_{slow}_cpu"]
@@ -92,15 +93,12 @@ def test_raw_decodes_the_windows_that_the_pipeline_yields(opened):
     assert decoded == sum(int(raw.view(number)[0, 0, 0]) for number in range(count)), "none is left out"
 
 
-@pytest.mark.parametrize("batches_of", [input._from_torch, input._from_pool])
-def test_loaders_yield_standardised_views_in_order(batches_of, tmp_path, one_worker):
-    if batches_of is input._from_torch:
-        pytest.importorskip("torch")
+def test_the_pillow_loader_yields_standardised_views_in_order(tmp_path, one_worker):
     files, levels = [tmp_path / f"{number}.jpg" for number in range(4)], [10, 60, 130, 250]
     for file, level in zip(files, levels, strict=True):
         Image.new("RGB", (60, 50), (level, level, 255 - level)).save(file, quality=95)
     numbers = [3, 1, 0, 2] * 4 * input.AHEAD
-    stream = batches_of(input.Photographs(files, 40, 32), numbers, 4)
+    stream = input._batches_of(input.Photographs(files, 40, 32), numbers, 4)
     for _ in range(2):
         views, process, cpu_seconds = next(stream)
         assert views.dtype == np.float32 and process > 0 and cpu_seconds > 0
