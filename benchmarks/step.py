@@ -102,6 +102,35 @@ def training_flops(config) -> int:
     return 2 * (3 * sum(row.multiply_adds for row in rows) - rows[0].multiply_adds)
 
 
+def needed_memory(config) -> int:
+    """Bytes that a training step cannot do without: parameters, velocity and gradients, images, and all layers' maps.
+
+    The maps are those that each activation, normalisation, pooling and dropout returns, of all towers together.
+    """
+    import flax
+    import jax.numpy as jnp
+
+    import update
+
+    network, found = update.build_network(config), []
+
+    def note(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if context.method_name in ("_activate", "_normalize", "_pool", "_dropout"):
+            found.append(result)
+        return result
+
+    def forward(images, key):
+        params = network.init(key, images)
+        with flax.linen.intercept_methods(note):
+            network.apply(params, images, train=True, rngs={"dropout": key})
+        return 3 * [params], images, found
+
+    shape = (config.batch_size, config.input.crop, config.input.crop, 3)
+    needed = jax.eval_shape(forward, jax.ShapeDtypeStruct(shape, jnp.float32), jax.random.key(0))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(needed))
+
+
 def run(config, args) -> dict[str, Any]:
     """Measures one config."""
     import models
@@ -151,6 +180,7 @@ def run(config, args) -> dict[str, Any]:
         "fraction_of_product_rate": statistics.median(fractions),
         "fraction_best": batch * flops * best["product"] / best["jax training"],
         "peak_memory_bytes": steps["jax"].peak_memory(),
+        "needed_memory_bytes": needed_memory(config),
         "compile_seconds": steps["jax"].compile_seconds,
         "multiply_adds": sum(row.multiply_adds for row in rows),
         "rounds": args.rounds,

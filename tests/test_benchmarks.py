@@ -3,8 +3,10 @@
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -15,7 +17,8 @@ import data
 import input_pipeline
 import recipes
 import runs
-from benchmarks import end_to_end, input, layers, measure, step
+from benchmarks import end_to_end, input, layers, measure, start, step
+from configs import alexnet as alexnet_recipe
 from errors import UserError
 from models import alexnet
 
@@ -192,3 +195,49 @@ def test_a_run_is_read_without_its_first_interval(tmp_path, monkeypatch):
     assert 100e6 < max(training.memory) - min(training.memory) < 110e6
     with pytest.raises(UserError, match=r"main.py ended with exit code 1: error: it cannot\."):
         end_to_end.Training(["fail"], log_every=2)()
+
+
+def test_needed_memory_is_that_of_the_papers_layers():
+    """4 bytes for each of 60,965,224 parameters, their velocity and gradient, and for the maps of section 3.5."""
+    config = alexnet_recipe.get_config()
+    maps = 2 * 55**2 * 96 + 27**2 * 96 + 2 * 27**2 * 256 + 13**2 * (256 + 2 * 384 + 256) + 6**2 * 256 + 4 * 4096
+    assert step.needed_memory(config) == 4 * (3 * 60_965_224 + config.batch_size * (224**2 * 3 + maps))
+
+
+# Stands in for main.py: the first start is slower, and `losses` are those of the first and the second.
+MAIN = """
+import os, pathlib, sys, time
+cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+known = (cache / "compiled").exists()
+(cache / "compiled").touch()
+if losses[known] is None:
+    sys.exit("error: it cannot.")
+time.sleep(0.1 if known else 0.3)
+print("step 1  loss 7.0  top1_error 1.0")
+time.sleep(0.5)
+print(f"step 3  loss {losses[known]}  top1_error 1.0")
+"""
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ((6.5, 6.5), None),
+        ((6.5, 6.4), "With the compilation cache the loss of step 3 is 6.4, and 6.5 without it"),
+        ((6.5, None), "main.py ended with exit code 1: error: it cannot."),
+    ],
+)
+def test_starts_are_timed_to_the_first_step(tmp_path, monkeypatch, losses, message):
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    (tmp_path / "main.py").write_text(f"losses = {losses}{MAIN}")
+    if message:
+        with pytest.raises(UserError, match=re.escape(message)):
+            start.run(1)
+    else:
+        begun = time.perf_counter()
+        values = start.run(1)
+        passed = time.perf_counter() - begun
+        first, second = values["first_seconds"]["median"], values["second_seconds"]["median"]
+        assert first > 0.3 and second > 0.1
+        # Two rounds, of which the first does not count; and what comes after step 1 does not.
+        assert passed > 2 * 0.5 + (0.3 + 0.5) + (0.1 + 0.5) + first + second
