@@ -177,14 +177,14 @@ def _slices(x, axis, window, stride, outside):
     return [lax.slice_in_dim(x, j, j + reach, stride, axis) for j in range(window)]
 
 
-def _max(x, axis, window, stride):
-    return functools.reduce(jnp.maximum, _slices(x, axis, window, stride, -jnp.inf))
+def _maxima(x, window, stride):
+    rows = functools.reduce(jnp.maximum, _slices(x, 2, window, stride, -jnp.inf))
+    return functools.reduce(jnp.maximum, _slices(rows, 1, window, stride, -jnp.inf))
 
 
-def _max_and_place(x, window, stride):
+def _maxima_and_places(x, window, stride):
     """The maxima, and where in its window, row by row, each of them stands first."""
-    y = _max_pool(x, window, stride, x.shape)
-    last = window**2 - 1
+    y, last = _maxima(x, window, stride), window**2 - 1
     rows = _slices(x, 1, window, stride, -jnp.inf)
     slices = [part for row in rows for part in _slices(row, 2, window, stride, -jnp.inf)]
     place = jnp.full(y.shape, last, np.min_scalar_type(last))
@@ -195,11 +195,11 @@ def _max_and_place(x, window, stride):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x, window, stride, shape):
-    return _max(_max(x, 2, window, stride), 1, window, stride)
+    return _maxima(x, window, stride)
 
 
 def _max_pool_forward(x, window, stride, shape):
-    function = functools.partial(_max_and_place, window=window, stride=stride)
+    function = functools.partial(_maxima_and_places, window=window, stride=stride)
 
     def chunks(x):
         # What leaves a loop is not computed again where it is used, as XLA would do with these.
