@@ -558,7 +558,7 @@ def _decode(encoded, size: int, window=None):
         start = tf.maximum(left - 2, 0)
         wider = tf.minimum(left + width + 2, size) - start
         image = tf.io.decode_and_crop_jpeg(encoded, tf.stack([top, start, height, wider]), **exactly)
-        return tf.ensure_shape(tf.slice(image, [0, left - start, 0], [height, width, 3]), (height, width, 3))
+        return tf.slice(image, [0, left - start, 0], [height, width, 3])
     image = tf.ensure_shape(tf.io.decode_png(encoded, channels=3), (size, size, 3))
     return image if window is None else tf.image.crop_to_bounding_box(image, *window)
 

@@ -229,6 +229,20 @@ class Layout:
         devices = self.local_devices if jax.process_count() == 1 else None
         return jax.pmap(on_device, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
+    def in_place(self, function: Callable) -> Callable:
+        """A function of trees, in `map`, of which each leaf of the result can take the place of a donated one.
+
+        It is computed along an axis of length 1, such as `pmap` takes off and puts on again. With a change of shape in
+        between, XLA computes what two results share for each of them, and copies first what it overwrites.
+        """
+
+        @functools.wraps(function)
+        def along(*trees):
+            trees = jax.tree.map(lambda leaf: leaf[None], trees)
+            return jax.tree.map(lambda leaf: leaf[0], jax.vmap(function)(*trees))
+
+        return along
+
     def gather_rows(self, batch: Tree) -> Tree:
         """The rows of this device's whole network: its own, and those sent to the device of the other tower."""
         if self.devices_per_network == 1:

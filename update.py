@@ -85,10 +85,7 @@ def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformati
             updates, opt_state = rule.update(gradients, opt_state, params, **rest)
             return optax.apply_updates(params, updates), opt_state
 
-        # Along an axis of devices, of length 1, such as pmap has taken off and puts on again: with a change of shape in
-        # between, XLA would compute the velocity twice, and copy it and the parameters first.
-        along = jax.tree.map(lambda leaf: leaf[None], (gradients, state.opt_state, state.params))
-        params, opt_state = jax.tree.map(lambda leaf: leaf[0], jax.vmap(update)(*along))
+        params, opt_state = layout.in_place(update)(gradients, state.opt_state, state.params)
         values["stop"] = layout.largest(stop)
         return State(step=state.step + 1, params=params, opt_state=opt_state), values
 

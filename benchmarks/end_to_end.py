@@ -124,6 +124,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
         "dataset.eval_split": "train[:1]",
         "eval_batch_size": 1,
     }
+    for override in overrides:
+        if (field := override.removeprefix("--config.").partition("=")[0]) in fields:
+            raise UserError(f"{override}: the benchmark itself sets {field}; --help lists what it takes.")
     arguments = [f"--config={ROOT / 'configs/alexnet.py'}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     config = configured(arguments, overrides)

@@ -25,11 +25,13 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
 import pathlib
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,14 +98,15 @@ def sample(photographs: pathlib.Path, into: pathlib.Path, images: int, size: int
 
     if not into.exists():
         partial = into.with_name(f".{into.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
         files = list(sources.open_source(str(photographs.absolute()), "").files("train"))
         chosen = np.linspace(0, len(files) - 1, min(images, len(files))).round().astype(int)
 
         def copy(number):
             file = files[number]
             to = partial / file.name
-            to.parent.mkdir(parents=True, exist_ok=True)
             try:
+                to.parent.mkdir(parents=True, exist_ok=True)
                 with file.open() as stream:
                     data = stream.read()
                 to.write_bytes(_scaled(data, size) if size else data)
@@ -330,7 +333,8 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(args.data_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         photographs = pathlib.Path(args.photographs)
-        name = f"{photographs.resolve().name}-{images}" + (f"-{args.size}" if args.size else "")
+        place = hashlib.sha256(os.fsencode(photographs.resolve())).hexdigest()[:8]
+        name = f"{photographs.resolve().name}-{place}-{images}" + (f"-{args.size}" if args.size else "")
         files = sample(photographs, folder / name, images, args.size)
         directory = input_pipeline.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
         opened = input_pipeline.Records.open(directory)

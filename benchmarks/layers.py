@@ -3,7 +3,8 @@
 Each part of the network runs alone on data that are on the device, with the shapes that it has in the training step.
 Its floor is the longer of two times: that of its operations at the machine's rate of matrix products, and that of the
 bytes it must read and write at the rate of a copy, both measured in the same run. A backward pass has all gradients but
-that of the images, and computes again what it needs of the forward pass and does not get.
+that of the images, and computes again what it needs of the forward pass and does not get. The update does not overwrite
+its input, as it does in the step.
 
 In the step the parts of several towers, and of both halves of a batch, run side by side; alone, some use one core only.
 """
@@ -24,6 +25,7 @@ import models
 import optimizer
 import update
 from benchmarks import measure
+from errors import UserError, check_ranges, fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Part:
 
     Attributes:
       name: as 'conv1' or 'pool1'.
-      function: of (params, *inputs); None where there is no gradient to take, as of the update.
+      function: of (params, *inputs).
       params: tree of arrays.
       inputs: trees of shapes.
       flops: floating-point operations of the forward pass that are part of matrix products.
@@ -173,9 +175,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    config = measure.recipe()
-    config.batch_size, config.model.width, config.model.dtype = args.batch_size, args.width, args.dtype
-    measure.report("layers", run(config, args.rounds))
+    try:
+        check_ranges(vars(args), {"rounds": (1, 1000)}, "--")
+        measure.report("layers", run(measure.recipe(args.batch_size, args.width, args.dtype), args.rounds))
+    except UserError as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import parallel
+from errors import check_ranges
 
 
 class _Fields(dict):
@@ -29,15 +30,18 @@ class _Fields(dict):
     __getattr__ = dict.__getitem__
 
 
-def recipe() -> Any:
-    """The config of configs/alexnet.py."""
+def recipe(batch_size: int = 128, width: float = 1.0, dtype: str = "float32") -> Any:
+    """The config of configs/alexnet.py, with these values; raises `UserError` where they are out of range."""
+    check_ranges({"batch_size": batch_size, "width": width}, {"batch_size": (1, 1 << 20), "width": (1e-3, 64)}, "--")
     try:
         import ml_collections  # noqa: F401
     except ImportError:
         sys.modules["ml_collections"] = types.SimpleNamespace(ConfigDict=_Fields)
     from configs import alexnet
 
-    return alexnet.get_config()
+    config = alexnet.get_config()
+    config.batch_size, config.model.width, config.model.dtype = batch_size, width, dtype
+    return config
 
 
 def interleaved(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -1,8 +1,8 @@
 """Seconds from the start of main.py to its first step, and of a second start: `python -m benchmarks.start`.
 
-Trains configs/demo.py on two simulated devices, in a workdir of its own, until its second step is reported; the data
-set is prepared before. `first` compiles everything; `second` finds what `first` has left in JAX's compilation cache,
-which is off unless JAX_COMPILATION_CACHE_DIR names a folder for it.
+Trains configs/demo.py for three steps on two simulated devices, in a workdir of its own, and times the line of the
+first; the data set is prepared before. `first` compiles everything; `second` finds what `first` has left in JAX's
+compilation cache, which is off unless JAX_COMPILATION_CACHE_DIR names a folder for it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from benchmarks import measure
-from errors import UserError, fail
+from errors import UserError, check_ranges, fail
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ("--config=configs/demo.py", "--config.log_every.steps=1", "--config.num_steps=3", "--cpu_devices=2")
@@ -70,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     try:
-        measure.report("start", run(parser.parse_args().rounds))
+        args = parser.parse_args()
+        check_ranges(vars(args), {"rounds": (1, 1000)}, "--")
+        measure.report("start", run(args.rounds))
     except UserError as error:
         fail(str(error))
 

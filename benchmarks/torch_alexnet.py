@@ -74,7 +74,7 @@ class Step:
         self.device = torch.device(device)
         self._cuda = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # JAX's default too
         self.network = AlexNet(params).to(self.device)
         layout = torch.channels_last if self._cuda else torch.contiguous_format
         self.network = self.network.to(memory_format=layout)

@@ -216,11 +216,13 @@ def outer_product(pixels: np.ndarray) -> np.ndarray:
     """The sum over pixels of RGB's outer product with itself: (H, W, 3) uint8 to (3, 3) float64, without rounding."""
     # Sums of 256 such products, at most 256 · 255², are whole numbers that float32 still counts. Eight pixels side by
     # side make a product that is worth its call, and of its sums those of a pixel with itself are taken.
-    values = pixels.ravel()
-    together = np.zeros((-(-values.size // (256 * 24)), 256, 24), np.float32)
-    together.reshape(-1)[: values.size] = values
-    sums = (together.transpose(0, 2, 1) @ together).sum(0, dtype=np.float64).reshape(8, 3, 8, 3)
-    return np.einsum("aiaj->ij", sums)
+    values, sums = pixels.ravel(), np.zeros((24, 24))
+    step = 512 * 256 * 24  # values; whole, a large image would take 200 MB
+    for part in np.split(values, range(step, len(values), step)):
+        together = np.zeros((-(-len(part) // (256 * 24)), 256, 24), np.float32)
+        together.reshape(-1)[: len(part)] = part
+        sums += (together.transpose(0, 2, 1) @ together).sum(0, dtype=np.float64)
+    return np.einsum("aiaj->ij", sums.reshape(8, 3, 8, 3))
 
 
 def directory(data_dir: str | pathlib.Path, name: str, size: int) -> pathlib.Path:

@@ -139,7 +139,8 @@ def local_response_normalization(
     """x / (k + alpha · sum of x² over n adjacent maps)^beta (section 3.3).
 
     Map i sees the maps i − ⌊n/2⌋ … i − ⌊n/2⌋ + n − 1, as far as they exist. `alpha` is not divided by n. The maps, on
-    the last axis, are `groups` groups of equal size that do not see each other.
+    the last axis, are `groups` groups of equal size that do not see each other. On CPUs a square that overflows makes
+    its whole group NaN, elsewhere its neighbours only.
 
     Raises:
       ValueError: n is less than 1, or the groups are not equal.
@@ -166,7 +167,7 @@ def spatial_response_normalization(
     return _normalize(_sum_of_pixels, size, float(constant), float(scale), float(power), x)
 
 
-# Pooling goes along one axis and then the other, with strided slices in place of windows.
+# Pooling takes strided slices in place of windows; maxima and means go along one axis and then the other.
 
 
 def _slices(x, axis, window, stride, outside):
@@ -212,14 +213,15 @@ def _max_pool_forward(x, window, stride, shape):
 def _max_pool_backward(window, stride, shape, place, g):
     def spread(row, column):
         """What passes to this place of every window, at that pixel."""
-        passed = jnp.where(place == row * window + column, g, 0)
+        passed = jnp.where(place == row * window + column, g, 0).astype(_wide(g.dtype))
         widths = [(0, 0, 0)] * g.ndim
         for axis, before in ((1, row), (2, column)):
             reach = (g.shape[axis] - 1) * stride + 1
             widths[axis] = (before, shape[axis] - before - reach, stride - 1)
-        return lax.pad(passed, jnp.zeros((), g.dtype), widths)
+        return lax.pad(passed, jnp.zeros((), passed.dtype), widths)
 
-    return (functools.reduce(jnp.add, (spread(i, j) for i in range(window) for j in range(window))),)
+    total = functools.reduce(jnp.add, (spread(i, j) for i in range(window) for j in range(window)))
+    return (total.astype(g.dtype),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

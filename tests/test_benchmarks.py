@@ -51,7 +51,8 @@ def test_input_times_what_was_asked(photographs, tmp_path, capsys, one_worker):
     args = argparse.Namespace(photographs=str(photographs), images=20, size=0, data_dir=str(tmp_path), rounds=1)
     measure.report("input", input.run(narrow(), args))
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    copies = {path.read_bytes() for path in (tmp_path / "photos-24").rglob("*.jpg")}
+    (folder,) = tmp_path.glob("photos-*-24")
+    copies = {path.read_bytes() for path in folder.rglob("*.jpg")}
     originals = {path.read_bytes() for path in photographs.rglob("*.jpg")}
     assert len(copies) == values["photographs"] == values["images"] == 24, "20, in batches of 8"
     assert copies < originals
@@ -177,7 +178,7 @@ with (workdir / "metrics.jsonl").open("w") as file:
     def write(step, **values):
         file.write(json.dumps({"step": step} | {f"train/{name}": value for name, value in values.items()}) + "\\n")
         file.flush()
-        time.sleep(0.3)
+        time.sleep(0.5)
     write(2, images_per_second=1.0, input_wait=1.0)
     write(4, images_per_second=100.0, input_wait=0.1)
     held = bytes(b"1") * (100 << 20)
@@ -197,11 +198,11 @@ def test_a_run_is_read_without_its_first_interval(tmp_path, monkeypatch):
         end_to_end.Training(["fail"], log_every=2)()
 
 
-def test_needed_memory_is_that_of_the_papers_layers():
+def test_parameters_and_maps_are_those_of_the_papers_layers():
     """4 bytes for each of 60,965,224 parameters, their velocity and gradient, and for the maps of section 3.5."""
     config = alexnet_recipe.get_config()
     maps = 2 * 55**2 * 96 + 27**2 * 96 + 2 * 27**2 * 256 + 13**2 * (256 + 2 * 384 + 256) + 6**2 * 256 + 4 * 4096
-    assert step.needed_memory(config) == 4 * (3 * 60_965_224 + config.batch_size * (224**2 * 3 + maps))
+    assert step.parameters_and_maps(config) == 4 * (3 * 60_965_224 + config.batch_size * (224**2 * 3 + maps))
 
 
 # Stands in for main.py: the first start is slower, and `losses` are those of the first and the second.
@@ -237,7 +238,8 @@ def test_starts_are_timed_to_the_first_step(tmp_path, monkeypatch, losses, messa
         begun = time.perf_counter()
         values = start.run(1)
         passed = time.perf_counter() - begun
+        assert all(values[name]["least"] == values[name]["most"] for name in ("first_seconds", "second_seconds"))
         first, second = values["first_seconds"]["median"], values["second_seconds"]["median"]
         assert first > 0.3 and second > 0.1
-        # Two rounds, of which the first does not count; and what comes after step 1 does not.
+        # There were two rounds, of which the first does not count, and neither does what comes after a first step.
         assert passed > 2 * 0.5 + (0.3 + 0.5) + (0.1 + 0.5) + first + second

@@ -120,7 +120,9 @@ GEOMETRIES = [  # height, width, window, stride
 
 @pytest.mark.parametrize("height,width,window,stride", GEOMETRIES)
 @pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
-def test_pooling(name, height, width, window, stride):
+@pytest.mark.parametrize("chunk_bytes", [8 << 20, 1], ids=["one chunk", "an example at a time"])
+def test_pooling(monkeypatch, chunk_bytes, name, height, width, window, stride):
+    monkeypatch.setattr(layers, "_MAPS_BYTES", chunk_bytes)
     rng = np.random.default_rng(0)
     shape = (2, height, width, 3)
     check(
@@ -297,10 +299,12 @@ def gradient_of_normalization(x, kernel):
     (lambda x, kernel: jax.vjp(lambda k: layers.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0], "stablehlo.while"),
     (lambda x, kernel: layers.local_response_normalization(x, **LRN[0]), "stablehlo.dot"),
     (gradient_of_normalization, "stablehlo.dot"),
+    (lambda x, kernel: jax.vjp(lambda x: layers.max_pool(x, 3, 2), x)[0], "stablehlo.while"),
 ])  # fmt: skip
 def test_other_platforms_get_plain_forms(monkeypatch, layer, fast):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
     monkeypatch.setattr(layers, "_PATCHES_BYTES", 1)
+    monkeypatch.setattr(layers, "_MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
     found = {
         platform: fast in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import checkpoint
@@ -47,8 +48,44 @@ def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, p
     layout = parallel.Layout(devices=jax.devices()[:devices])
     assert layout.towers(2).parts == layout.towers(1).parts == parts
     network = models.build(recipes.narrow().model, layout.towers(2), 67)
-    images = np.ones((3, 67, 67, 3), np.float32)  # an odd number goes as one
-    assert jax.eval_shape(network.init_with_output, jax.random.key(0), images)[0].shape == (3, 7)
+    for count, divided in ((4, parts), (3, 1)):  # an odd number goes as one
+        text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), np.ones((count, 67, 67, 3), np.float32)))
+        assert text.count(f"f32[{count // divided},67,67,3]") > 0
+        assert text.count(f"f32[{count // 2},67,67,3]") == 0 or divided == 2
+
+
+def test_parts_of_the_batch_train_alike(alone, monkeypatch):
+    parts = make_layout("one device").towers(2).parts
+    monkeypatch.setattr(parallel, "cores", lambda: 1 if parts == 2 else 2)
+    assert make_layout("one device").towers(2).parts == 3 - parts
+    losses, state, _ = run(recipes.narrow(), make_layout("one device"), 10)
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_in_place_the_update_is_the_same(name):
+    config = recipes.narrow()
+    config.optimizer.name = name
+    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 5.0))
+    random = np.random.default_rng(0)
+    params = {"conv1": {"kernel": jnp.asarray(random.normal(size=(3, 4))), "bias": jnp.asarray(random.normal(size=4))}}
+
+    def update(gradients, state, params):
+        updates, state = rule.update(gradients, state, params, step=jnp.int32(3), rate_factor=jnp.float32(1))
+        return optax.apply_updates(params, updates), state
+
+    in_place = make_layout("one device").in_place(update)
+    mine, theirs = (params, rule.init(params)), (params, rule.init(params))
+    for _ in range(2):
+        gradients = jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape)), params)
+        with jax.numpy_dtype_promotion("standard"):  # for Optax
+            mine, theirs = in_place(gradients, mine[1], mine[0]), update(gradients, theirs[1], theirs[0])
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])

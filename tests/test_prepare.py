@@ -309,7 +309,8 @@ def to_record(*arguments):
     seen.append(arguments)
     if len(seen) == 4:
         flag.touch()
-        while flag.exists():
+        end = time.monotonic() + 60
+        while flag.exists() and time.monotonic() < end:
             time.sleep(0.02)
     return original(*arguments)
 records.to_record = to_record
