@@ -26,8 +26,10 @@ def main(_) -> int | None:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    import parallel
     import processes
 
+    parallel.keep_freed_memory()
     processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     import train
 
