@@ -148,22 +148,10 @@ class Layout:
         networks = f", {self.networks} replicas" if self.networks > 1 else ""
         return f"{self.size} × {kind}: {each}{networks}"
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the devices are a CPU's, simulated ones or itself."""
-        return self.local_devices[0].platform == "cpu"
-
-    @property
-    def steps_ahead(self) -> int:
-        """How many steps may be under way when the next is dispatched.
-
-        None on a CPU, where a step that waits for another holds one of the threads that compute.
-        """
-        return 0 if self.on_cpu else 1
-
     def towers(self, total: int) -> Towers:
         """The towers of a network as one device of this layout sees them."""
-        parts = 2 if self.on_cpu and cores() >= 2 * len(self.local_devices) else 1
+        on_cpu = self.local_devices[0].platform == "cpu"
+        parts = 2 if on_cpu and cores() >= 2 * len(self.local_devices) else 1
         if self.devices_per_network == 1:
             return Towers(total, total, parts=parts)
         return Towers(total, 1, self._tower_groups, parts)

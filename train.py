@@ -206,7 +206,7 @@ class Run:
     def advance(self, batch: Any) -> None:
         """Dispatches one update, at most one step ahead of the devices."""
         arrived = time.perf_counter()
-        self.settle(at_most=self.layout.steps_ahead)
+        self.settle(at_most=1)
         rate_factor = np.float32(self.plateau.rate_factor(self.config.schedule))
         self.state, values = self._train_step(self.state, batch, rate_factor, np.float32(self._signals.code))
         self.step += 1
