@@ -28,6 +28,7 @@ from ml_collections import config_flags
 
 import input_pipeline
 import metrics
+import parallel
 from benchmarks import input, measure, step
 from errors import UserError, check_ranges, fail, shortened
 
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
 
     # With fewer steps there would be no interval after the first.
     check_ranges(vars(args), {"steps": (INTERVALS, 1 << 20), "rounds": (1, 1000), "cpu_devices": (0, 1024)}, "--")
+    parallel.keep_freed_memory()  # as main.py does
     log_every = args.steps // INTERVALS
     num_steps = INTERVALS * log_every
     fields = {

@@ -329,6 +329,7 @@ def _measures(file: pathlib.Path) -> tuple[int, int]:
 def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Measures with the views of a config; raises `UserError` where a flag or the photographs cannot work."""
     check_ranges(vars(args), {"images": (1, 1 << 20), "rounds": (1, 1000), "size": (0, 4096)}, "--")
+    parallel.keep_freed_memory()  # as main.py does
     images = -(-args.images // config.batch_size) * config.batch_size
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(args.data_dir or stack.enter_context(tempfile.TemporaryDirectory()))

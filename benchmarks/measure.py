@@ -31,12 +31,7 @@ class _Fields(dict):
 
 
 def recipe(batch_size: int = 128, width: float = 1.0, dtype: str = "float32") -> Any:
-    """The config of configs/alexnet.py, with these values; and memory is kept, as main.py does.
-
-    Raises:
-      UserError: a value is out of range.
-    """
-    parallel.keep_freed_memory()
+    """The config of configs/alexnet.py, with these values; raises `UserError` where they are out of range."""
     check_ranges({"batch_size": batch_size, "width": width}, {"batch_size": (1, 1 << 20), "width": (1e-3, 64)}, "--")
     try:
         import ml_collections  # noqa: F401
