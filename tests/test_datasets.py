@@ -380,3 +380,11 @@ def test_shapes_are_not_told_apart_by_linear_classifiers():
             errors.append((scores.argmax(1) != labels[900:]).mean())
         print(f"{side}×{side}: {min(errors):.1%} of the test examples wrong at the best penalty")
         assert min(errors) > 0.5
+
+
+@pytest.mark.parametrize("size", [8, 255, 1100])  # less than a block, no whole number of blocks, two parts
+@pytest.mark.parametrize("least", [0, 255])
+def test_outer_products_are_exact(size, least):
+    pixels = np.random.default_rng(0).integers(least, 256, (size, size, 3), np.uint8)
+    rgb = pixels.reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(records.outer_product(pixels), rgb.T @ rgb)
