@@ -222,6 +222,8 @@ class Checkpoints:
                 continue
             for newer, error in damaged.items():
                 self._set_aside(newer, error)
+            if not self._read_only:
+                self._remove_surplus()
             return restored
         if damaged:
             raise UserError(
@@ -239,6 +241,19 @@ class Checkpoints:
             self._manager.reload()
         self._errors.pop(step, None)
         print(warning, file=sys.stderr)
+
+    def _remove_surplus(self) -> None:
+        """Removes what the last save no longer could: a run killed in between may have nothing left to save."""
+        steps = self.steps()
+        surplus = set(steps) - self._kept(steps)
+        for step in surplus:
+            shutil.rmtree(self._path(step), ignore_errors=True)
+        if surplus:
+            self._manager.reload()
+
+    def _kept(self, steps: list[int]) -> set[int]:
+        """Which of these steps stay: the latest two and the best."""
+        return {*steps[-2:], _best({step: self._errors.get(step) for step in steps})}
 
     def _path(self, name: int | str) -> pathlib.Path:
         return self.directory / str(name)
@@ -266,8 +281,8 @@ class _LatestAndBest:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
         steps = [info.step for info in checkpoints]
-        best = _best({step: self._checkpoints._errors.get(step) for step in steps})
-        return [step == best or step in steps[-2:] for step in steps]
+        kept = self._checkpoints._kept(steps)
+        return [step in kept for step in steps]
 
 
 class _Damaged(Exception):

@@ -164,6 +164,22 @@ def test_the_latest_two_and_the_best_stay(tmp_path):
         assert checkpoints.best_step() == 2
 
 
+def test_what_a_killed_save_left_too_much_goes_with_the_next_start(tmp_path):
+    """Killed when the newest was complete and the oldest not yet removed, a run may have nothing left to save."""
+    save(tmp_path, 1, 2, 3, errors=[0.2, 0.9, 0.5])
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "2", tmp_path / "2")
+    save(tmp_path, 4)
+    shutil.move(tmp_path / "2", folder / "2")
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+        checkpoints.restore_latest(state(0))
+        assert checkpoints.steps() == [1, 2, 3, 4]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert_is(checkpoints.restore_latest(state(0)), 4)
+        assert checkpoints.steps() == [1, 3, 4], "the best and the latest two"
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
+
+
 def test_a_step_is_replaced_without_a_moment_without_it(tmp_path, monkeypatch):
     """Saved before its evaluation, saved again after it; a crash in between leaves the first."""
     save(tmp_path, 1, 2)
