@@ -1,12 +1,12 @@
 """Checkpoints: what a run needs to go on, written by Orbax in the background.
 
-A checkpoint holds the merged state (see `parallel`), so that it is the same whatever devices wrote it, and a record in
-JSON: `meta` (the config, and what the loop knows besides the state), the validation error, the versions that wrote it,
-and checksums of the state and of the record itself. Nothing is pickled. Of several processes the first alone reads and
-writes checkpoints.
+A checkpoint holds the merged state (see `parallel`), which does not depend on the devices that wrote it, and a record
+in JSON: `meta` (the config, and what the loop knows besides the state), the validation error, the versions that wrote
+it, and checksums of the state and of the record itself. Nothing is pickled. Only the first of several processes reads
+and writes checkpoints.
 
-A folder `checkpoints/STEP` is complete: it gets its name when everything in it is written, and nothing in it is ever
-changed. Beside such folders there may be STEP.damaged, which could not be read, and for a moment STEP.replaced.
+A folder `checkpoints/STEP` is complete: it gets its name when everything in it is written, and nothing in it changes
+afterwards. STEP.damaged could not be read; STEP.replaced exists for a moment only.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from errors import UserError
+from common.errors import UserError
 
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -33,14 +33,14 @@ VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 class Checkpoints:
     """The checkpoints of a workdir: the latest two, and the one with the lowest validation error.
 
-    Two, so that a run whose newest checkpoint was damaged after it was written goes on from the one before.
+    With two, a run goes on even if its newest checkpoint was damaged after it was written.
 
     Args:
       workdir: folder of the run; the checkpoints lie in `checkpoints/` in it.
-      read_only: for tools, which neither create nor clean anything.
+      read_only: creates and cleans nothing; for tools.
 
     Raises:
-      UserError: the folder is not there (`read_only`), or cannot be written.
+      UserError: the folder is missing (`read_only`), or cannot be written.
     """
 
     def __init__(self, workdir: str | pathlib.Path, read_only: bool = False):
@@ -58,11 +58,11 @@ class Checkpoints:
             self.directory,
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(self),
+                preservation_policy=self,
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,
-                # Of several processes only the first comes here, and waits for none of the others.
+                # Only the first of several processes comes here, and it must not wait for the others.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     primary_host=jax.process_index(), active_processes={jax.process_index()}
                 ),
@@ -74,16 +74,16 @@ class Checkpoints:
                 self._errors[step] = self._record(step)["error"]
 
     def save(self, step: int, state: Any, meta: dict[str, Any], error: float | None = None) -> None:
-        """Begins to save; returns once the arrays are copied.
+        """Begins to save, and returns once the arrays are copied.
 
         Args:
-          step: the number of updates done. A checkpoint of this step stays until the new one is complete.
-          state: merged tree of NumPy arrays, which must not be changed afterwards.
+          step: the number of updates done. An older checkpoint of this step stays until the new one is complete.
+          state: merged tree of NumPy arrays, which must not change afterwards.
           meta: JSON values.
-          error: validation error of this very state, if it was measured.
+          error: validation error of exactly this state, if it was measured.
 
         Raises:
-          UserError: this one or the one before cannot be written.
+          UserError: this checkpoint or the one before it cannot be written.
         """
         self.wait()
         record = {
@@ -106,10 +106,10 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when what was begun is on disk.
+        """Returns when the save under way is on disk.
 
         Raises:
-          UserError: it cannot be written; what was there before is still there.
+          UserError: it cannot be written; the checkpoints before it are still there.
         """
         if self._saving is None:
             return
@@ -122,7 +122,7 @@ class Checkpoints:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise anything where a file cannot be written
+        except Exception as error:  # Orbax and TensorStore raise anything if a file cannot be written
             step, self._saving = self._saving, None
             for unfinished in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -135,7 +135,7 @@ class Checkpoints:
             ) from error
 
     def _put_back(self) -> None:
-        """Ends what `save` began with a checkpoint that was there: the old one goes if the new one has come."""
+        """Ends the replacement of a checkpoint: removes the old one if the new one is complete, else puts it back."""
         for old in self.directory.glob("*.replaced"):
             if old.with_suffix("").is_dir():
                 shutil.rmtree(old)
@@ -152,10 +152,10 @@ class Checkpoints:
         return _best(errors)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads (merged state, meta) of a step; `like` gives the structure, shapes and types that are expected.
+        """Reads (merged state, meta) of a step; `like` gives the expected structure, shapes and types.
 
         Raises:
-          UserError: the shapes are others, or the checkpoint is damaged.
+          UserError: the checkpoint has other shapes, or is damaged.
         """
         try:
             return self._restore(step, like)
@@ -165,8 +165,8 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         if (self._path(step) / "meta").is_dir():
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; go "
-                f"on with that version, or take another --workdir."
+                f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; use "
+                f"that version, or take another --workdir."
             )
         try:
             record = dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"])
@@ -187,16 +187,16 @@ class Checkpoints:
         except Exception as error:
             raise _Damaged(_reason(error)) from error
         found = jax.tree.map(lambda leaf, target: leaf.shape == target.shape, state, like)
-        if not all(jax.tree.leaves(found)):  # Orbax goes by what was saved
+        if not all(jax.tree.leaves(found)):  # Orbax returns the shapes that were saved
             raise UserError(f"The checkpoint of step {step} in {self.directory} is of a network of other sizes.")
         if record["checksum"] != checksum(state):
             raise _Damaged("its arrays are not those that were saved")
         return state, record["meta"]
 
     def restore_best(self, like: Any) -> tuple[int, Any] | None:
-        """Reads (step, merged state) of the checkpoint with the lowest validation error that is whole, if any has one.
+        """Reads (step, merged state) of the readable checkpoint with the lowest validation error, or gives None.
 
-        Others are warned of and set aside, as in `restore_latest`.
+        Warns of better ones that cannot be read and sets them aside, as `restore_latest` does.
         """
         while (step := self.best_step()) is not None:
             try:
@@ -206,12 +206,12 @@ class Checkpoints:
         return None
 
     def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole, or None where there is none.
+        """Reads (merged state, meta) of the newest readable checkpoint; None if there are no checkpoints.
 
-        Those after it cannot be read; they are warned of, and set aside as STEP.damaged (not with `read_only`).
+        Warns of newer ones that cannot be read, and sets them aside as STEP.damaged (not with `read_only`).
 
         Raises:
-          UserError: there are checkpoints, but none of them can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -243,7 +243,7 @@ class Checkpoints:
         print(warning, file=sys.stderr)
 
     def _remove_surplus(self) -> None:
-        """Removes what the last save no longer could: a run killed in between may have nothing left to save."""
+        """Removes what the last save did not: a run that was killed there may have nothing left to save."""
         steps = self.steps()
         surplus = set(steps) - self._kept(steps)
         for step in surplus:
@@ -255,11 +255,17 @@ class Checkpoints:
         """Which of these steps stay: the latest two and the best."""
         return {*steps[-2:], _best({step: self._errors.get(step) for step in steps})}
 
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Answers Orbax, which asks what stays. Its own `BestN` needs a file of metrics, whose damage blocks a start."""
+        del context
+        kept = self._kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
     def _path(self, name: int | str) -> pathlib.Path:
         return self.directory / str(name)
 
     def close(self) -> None:
-        """Waits for saves under way and lets go of the folder."""
+        """Waits for the save under way, and releases the folder."""
         try:
             self.wait()
         finally:
@@ -272,21 +278,8 @@ class Checkpoints:
         self.close()
 
 
-class _LatestAndBest:
-    """Which checkpoints stay, in the form in which Orbax asks."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        kept = self._checkpoints._kept(steps)
-        return [step in kept for step in steps]
-
-
 class _Damaged(Exception):
-    """A checkpoint that cannot be read; the message says why."""
+    """The checkpoint cannot be read; the message says why."""
 
 
 def checksum(state: Any) -> int:
@@ -315,7 +308,7 @@ def _seal(record: dict[str, Any]) -> int:
 
 def _reason(error: Exception) -> str:
     """What the system said, or else the first line of the error, cut to a sentence's length."""
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's long messages end with it
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # ends TensorStore's long messages
         return os.strerror(int(code[1]))
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.rstrip(".")[:300]

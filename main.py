@@ -5,7 +5,7 @@ import sys
 
 from absl import flags
 
-import cli
+from common import cli, host
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
@@ -18,7 +18,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_) -> int | None:
     """Sets the platform up and trains."""
-    # TensorFlow's notices at import, which are nobody's concern here.
+    # TensorFlow prints notices at import, which do not help a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import jax
@@ -26,10 +26,9 @@ def main(_) -> int | None:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    import parallel
-    import processes
+    host.keep_freed_memory()
+    from run import processes
 
-    parallel.keep_freed_memory()
     processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     import train
 

@@ -6,95 +6,132 @@ The rate ε is *inside* the velocity, so after a change of ε the old velocity f
 rescale it at once. Decay acts on kernels only, as in the source of 2012.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from errors import UserError, check_name, check_ranges, nearest, shown
+from common.errors import UserError, check_name, check_ranges, nearest, shown
 
 OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("steps", "plateau")
+# Updates are counted in an int32.
+MAX_STEPS = (1 << 31) - 1
+
+
+# Schedules. To add one: a function here, its name in SCHEDULES, and its fields in configs/base.py.
+
+
+def _constant(rate, schedule, total_steps, steps_per_epoch):
+    return optax.constant_schedule(rate)
+
+
+def _steps(rate, schedule, total_steps, steps_per_epoch):
+    return _piecewise(rate, schedule.factors, steps_per_epoch)
+
+
+def _cosine(rate, schedule, total_steps, steps_per_epoch):
+    warmup = _to_steps(schedule.warmup, steps_per_epoch)
+    decay = optax.cosine_decay_schedule(rate, max(1, total_steps - warmup))
+    return optax.join_schedules([optax.constant_schedule(rate), decay], [warmup])
+
+
+# With 'plateau' the schedule is constant: `Plateau` lowers the rate by what it sees of the validation error.
+SCHEDULES = {"constant": _constant, "steps": _steps, "cosine": _cosine, "plateau": _constant}
+
+
+def schedule(config, steps_per_epoch: float) -> optax.Schedule:
+    """The learning rate at a step: an Optax schedule, made from a config's sections `optimizer` and `schedule`.
+
+    `schedule.name` is 'constant'; 'steps', which multiplies the rate by the last factor of `schedule.factors`,
+    ((epoch, factor), …), whose epoch has begun; 'cosine', which falls to 0 at the end of the run; or 'plateau'.
+    During the first `schedule.warmup` epochs the rate also grows linearly.
+    """
+    found, rate = config.schedule, config.optimizer.learning_rate
+    total_steps = config.num_steps or _to_steps(config.num_epochs, steps_per_epoch)
+    main = SCHEDULES[found.name](rate, found, total_steps, steps_per_epoch)
+    warmup = _to_steps(found.warmup, steps_per_epoch)
+    if not warmup:
+        return main
+    ramp = optax.linear_schedule(1 / warmup, 1.0, warmup - 1)
+    return lambda step: ramp(step) * main(step)
+
+
+def _to_steps(epochs: float, steps_per_epoch: float) -> int:
+    return min(round(epochs * steps_per_epoch), MAX_STEPS)
+
+
+def _piecewise(value: float, factors, steps_per_epoch: float) -> optax.Schedule:
+    # Products in float32: in float64 a rate such as 0.01 · 0.1 could differ in its last bit.
+    values = [np.float32(value), *(np.float32(value) * np.float32(factor) for _, factor in factors)]
+    return optax.join_schedules(
+        [optax.constant_schedule(v) for v in values], [_to_steps(epoch, steps_per_epoch) for epoch, _ in factors]
+    )
 
 
 class Rates:
     """The learning rate of every parameter at every step.
 
-    Args:
-      optimizer: config section with `learning_rate` and `bias_rate`, the biases' rate relative to the kernels'.
-      schedule: config section. `factors`, ((epoch, factor), …), multiplies the learning rate by `factor` from that
-        epoch on; `layers` gives a layer factors of its own, ((layer, ((epoch, factor), …)), …), which replace the
-        common ones from their first epoch on. With a factor of 0 what velocity a layer has left fades out, and it
-        then stands still.
-      steps_per_epoch: to turn epochs into steps, once.
+    It is the `schedule`, times `optimizer.bias_rate` for biases, times every factor of `schedule.layers` that applies:
+    ((name, ((epoch, factor), …)), …), where a name is a layer ('conv1'), a kind ('kernel' or 'bias') or both
+    ('conv1/bias'). At a factor of 0 the velocity of a layer fades out, and the layer then stands still.
     """
 
-    def __init__(self, optimizer, schedule, steps_per_epoch: float):
-        self._rate = optimizer.learning_rate
-        self._bias_rate = optimizer.bias_rate
-        self._common = _steps(schedule.factors, steps_per_epoch)
-        self._layers = {name: _steps(factors, steps_per_epoch) for name, factors in schedule.layers}
+    def __init__(self, config, steps_per_epoch: float):
+        self._schedule = schedule(config, steps_per_epoch)
+        self._bias_rate = config.optimizer.bias_rate
+        self._factors = {name: _piecewise(1.0, factors, steps_per_epoch) for name, factors in config.schedule.layers}
 
-    def factor(self, step: jax.Array | int, layer: str | None = None) -> jax.Array:
-        """What the learning rate is multiplied by at `step`, in general or for a layer."""
-        factor = _value(self._common, step, 1.0)
-        return _value(self._layers[layer], step, factor) if layer in self._layers else factor
+    def check(self, params: Mapping[str, Any]) -> None:
+        """Raises `UserError` if `schedule.layers` names something that `params`, {layer: {kind: …}}, does not have."""
+        known = {"kernel", "bias", *params, *(f"{layer}/{kind}" for layer in params for kind in params[layer])}
+        for name in self._factors:
+            if name not in known:
+                raise UserError(
+                    f"schedule.layers names {name!r}, which the network does not have: {nearest(name, known)}"
+                )
 
-    def tree(self, params: Any, step: jax.Array) -> Any:
-        """A tree of scalar rates with the structure of `params`, {layer: {'kernel', 'bias'}}."""
-        unknown = set(self._layers) - set(params)
-        if unknown:
-            name = sorted(unknown)[0]
-            raise UserError(f"schedule.layers names {name!r}, which the network does not have: {nearest(name, params)}")
+    def tree(self, params: Mapping[str, Any], step: jax.Array | int, rate_factor: jax.Array | float = 1.0) -> Any:
+        """A tree of scalar rates with the structure of `params`; `rate_factor` multiplies them all."""
+        common = self._schedule(step)
 
         def rate(path, _):
             layer, kind = path[0].key, path[-1].key
-            return self._rate * (self._bias_rate if kind == "bias" else 1.0) * self.factor(step, layer)
+            found = common * (self._bias_rate if kind == "bias" else 1.0)
+            for name in (layer, kind, f"{layer}/{kind}"):
+                if name in self._factors:
+                    found = found * self._factors[name](step)
+            return found * rate_factor
 
         return jax.tree_util.tree_map_with_path(rate, params)
 
 
-def _steps(factors, steps_per_epoch: float) -> tuple[tuple[int, float], ...]:
-    # Beyond what an int32 counts no step comes.
-    return tuple((min(round(epoch * steps_per_epoch), (1 << 31) - 1), float(factor)) for epoch, factor in factors)
+# The rule.
 
 
-def _value(pieces, step, before):
-    """The last piece's factor that has begun by `step`, else `before`."""
-    value = jnp.asarray(before, jnp.float32)
-    for begin, factor in pieces:
-        value = jnp.where(step >= begin, jnp.float32(factor), value)
-    return value
+def build(config) -> optax.GradientTransformationExtraArgs:
+    """The update rule of a config's `optimizer` section; its `update` takes `rates`, of `Rates.tree`, as well.
 
-
-def _scale_by_rates(rates: Rates) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params, *, step, rate_factor, **_):
-        scaled = jax.tree.map(
-            lambda u, rate: (-rate * rate_factor).astype(u.dtype) * u, updates, rates.tree(params, step)
-        )
-        return scaled, state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
-def build(optimizer, rates: Rates) -> optax.GradientTransformationExtraArgs:
-    """The update rule of a config's `optimizer` section.
-
-    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons. `update` takes two more arguments:
-    `step`, and `rate_factor`, by which `Plateau` lowers all rates.
+    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons.
     """
+    options = config.optimizer
     decay = optax.add_decayed_weights(
-        optimizer.weight_decay,
+        options.weight_decay,
         mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params),
     )
-    if optimizer.name == "sgd":
-        rule = (decay, _scale_by_rates(rates), optax.trace(optimizer.momentum))
-    elif optimizer.name == "adam":
-        rule = (optax.scale_by_adam(b1=optimizer.momentum), decay, _scale_by_rates(rates))
-    else:
-        raise UserError(f"optimizer.name={optimizer.name!r} is not known: {nearest(optimizer.name, OPTIMIZERS)}")
-    return optax.chain(*rule)
+    if options.name == "adam":
+        return optax.chain(optax.scale_by_adam(b1=options.momentum), decay, _scale_by_rates())
+    return optax.chain(decay, _scale_by_rates(), optax.trace(options.momentum))
+
+
+def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, rates, **_):
+        return jax.tree.map(lambda u, rate: -jnp.asarray(rate).astype(u.dtype) * u, updates, rates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 class Plateau(NamedTuple):
@@ -106,63 +143,69 @@ class Plateau(NamedTuple):
       reductions: how often the rate was divided.
     """
 
-    best: float = float("inf")
+    best: float = math.inf
     stalled: int = 0
     reductions: int = 0
 
-    def after(self, error: float, schedule) -> "Plateau":
-        """The state after an evaluation; `schedule.patience` evaluations without a new best divide the rate."""
+    def after(self, error: float, options) -> "Plateau":
+        """The state after an evaluation; `options.patience` evaluations without a new best divide the rate."""
         if error < self.best:
             return self._replace(best=error, stalled=0)
-        if self.stalled + 1 < schedule.patience or self.reductions == schedule.reductions:
+        if self.stalled + 1 < options.patience or self.reductions == options.reductions:
             return self._replace(stalled=self.stalled + 1)
         return self._replace(stalled=0, reductions=self.reductions + 1)
 
-    def rate_factor(self, schedule) -> float:
-        """What all rates are multiplied by."""
-        return 0.1**self.reductions if schedule.name == "plateau" else 1.0
+    def rate_factor(self, options) -> float:
+        """The factor of all rates; `options` is a config's `schedule` section."""
+        return 0.1**self.reductions if options.name == "plateau" else 1.0
+
+
+# Checks.
 
 
 def validate(config) -> None:
-    """Refuses values of the `optimizer` and `schedule` sections that cannot work; raises `UserError`."""
-    optimizer, schedule = config.optimizer, config.schedule
-    check_name("optimizer.name", optimizer.name, OPTIMIZERS)
-    check_name("schedule.name", schedule.name, SCHEDULES)
+    """Refuses values of the sections `optimizer` and `schedule` that cannot work; raises `UserError`."""
+    options = config.schedule
+    check_name("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    check_name("schedule.name", options.name, SCHEDULES)
     rates = {"learning_rate": (0, 1e3), "momentum": (0, 0.9999), "weight_decay": (0, 1e3), "bias_rate": (0, 1e3)}
-    check_ranges(optimizer, rates, "optimizer.")
-    check_ranges(schedule, {"patience": (1, 1_000_000), "reductions": (1, 1_000_000)}, "schedule.")
-    if schedule.name == "plateau" and schedule.factors:
-        raise UserError("schedule.factors goes with schedule.name='steps'; 'plateau' lowers the rate by itself.")
-    if schedule.name == "plateau" and not (config.eval_every.epochs or config.eval_every.steps):
+    check_ranges(config.optimizer, rates, "optimizer.")
+    counts = {"patience": (1, 1_000_000), "reductions": (1, 1_000_000), "warmup": (0, 1e6)}
+    check_ranges(options, counts, "schedule.")
+    if options.factors and options.name != "steps":
+        raise UserError(f"schedule.factors goes with schedule.name='steps', not with {options.name!r}.")
+    if options.name == "plateau" and not (config.eval_every.epochs or config.eval_every.steps):
         raise UserError(
-            "eval_every.epochs and eval_every.steps are both 0, so that no evaluation would ever lower the rate; give "
-            "one of them, or take schedule.name='steps'."
+            "eval_every.epochs and eval_every.steps are both 0, so no evaluation would ever lower the rate; set one of "
+            "them, or use schedule.name='steps'."
         )
-    if not all(_pair(pair) and isinstance(pair[0], str) for pair in schedule.layers):
+    _check_factors("schedule.factors", options.factors)
+    if not all(_is_pair(pair) and isinstance(pair[0], str) for pair in options.layers):
         raise UserError(
-            f"schedule.layers={shown(schedule.layers)} must be (layer, factors) pairs; write one as "
-            f"(('conv1', ((67.0, 0.0),)),), with its commas."
+            f"schedule.layers={shown(options.layers)} must be (layer, factors) pairs, such as "
+            f"(('conv1', ((67.0, 0.0),)),) with its commas."
         )
-    layers = [name for name, _ in schedule.layers]
-    if len(layers) != len(set(layers)):
-        raise UserError(f"schedule.layers={shown(schedule.layers)} names a layer twice.")
-    for name, factors in [("factors", schedule.factors), *((f"layers[{shown(n)}]", f) for n, f in schedule.layers)]:
-        if not (isinstance(factors, list | tuple) and all(_pair(f) and all(map(_number, f)) for f in factors)):
-            raise UserError(
-                f"schedule.{name}={shown(factors)} must be (epoch, factor) pairs; write one as ((30.0, 0.1),), with "
-                f"its comma."
-            )
-        epochs = [epoch for epoch, _ in factors]
-        if epochs != sorted(epochs) or not all(0 <= e <= 1e6 and 0 <= f <= 1e3 for e, f in factors):
-            raise UserError(
-                f"schedule.{name}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, which lie "
-                f"between 0 and 1e6, the factors between 0 and 1e3."
-            )
+    names = [name for name, _ in options.layers]
+    if len(names) != len(set(names)):
+        raise UserError(f"schedule.layers={shown(options.layers)} names a layer twice.")
+    for name, factors in options.layers:
+        _check_factors(f"schedule.layers[{name!r}]", factors)
 
 
-def _pair(value) -> bool:
+def _check_factors(field: str, factors: Any) -> None:
+    pairs = isinstance(factors, list | tuple) and all(_is_pair(f) and all(map(_is_number, f)) for f in factors)
+    epochs = [epoch for epoch, _ in factors] if pairs else []
+    in_range = pairs and all(0 <= epoch <= 1e6 and 0 <= factor <= 1e3 for epoch, factor in factors)
+    if not in_range or epochs != sorted(epochs):
+        raise UserError(
+            f"{field}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, such as ((30.0, 0.1),) "
+            f"with its comma; epochs lie between 0 and 1e6, factors between 0 and 1e3."
+        )
+
+
+def _is_pair(value) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
 
 
-def _number(value) -> bool:
+def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

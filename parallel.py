@@ -10,13 +10,9 @@ last axis into one part per tower. Scalars are copied to every device.
 """
 
 import collections
-import concurrent.futures
-import ctypes
 import dataclasses
 import functools
 import inspect
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from errors import UserError
+from common import host
+from common.errors import UserError
 
 AXIS = "devices"
 Tree = Any
@@ -39,15 +36,14 @@ class Towers:
 
     Attributes:
       total, here: the towers of the network, and how many of them this device computes.
-      groups: the devices that share a network, where the towers are on several.
-      parts: in how many parts the examples should go through the convolutions, each for itself. A GPU fills itself with
-        one; of a CPU with cores to spare, whose smaller operations run on one core each, two parts keep two busy.
+      groups: the devices that share a network, if its towers are on several.
+      cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results do not.
     """
 
     total: int = 1
     here: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
-    parts: int = 1
+    cores: int = 0
 
     @property
     def split_over_devices(self) -> bool:
@@ -151,10 +147,10 @@ class Layout:
     def towers(self, total: int) -> Towers:
         """The towers of a network as one device of this layout sees them."""
         on_cpu = self.local_devices[0].platform == "cpu"
-        parts = 2 if on_cpu and cores() >= 2 * len(self.local_devices) else 1
+        cores = host.cores() // len(self.local_devices) if on_cpu else 0
         if self.devices_per_network == 1:
-            return Towers(total, total, parts=parts)
-        return Towers(total, 1, self._tower_groups, parts)
+            return Towers(total, total, cores=cores)
+        return Towers(total, 1, self._tower_groups, cores)
 
     # Between host and devices.
 
@@ -268,10 +264,6 @@ class Layout:
             return tree
         return jax.lax.psum(tree, AXIS, axis_index_groups=self._network_groups)
 
-    def largest(self, number: jax.Array) -> jax.Array:
-        """The largest of the processes' numbers, in all of them."""
-        return number if jax.process_count() == 1 else jax.lax.pmax(number, AXIS)
-
     def drifted(self, tree: Tree) -> list[str]:
         """The leaves of a sharded tree, by path, that are not the same bit for bit in all networks."""
         if self.networks == 1:
@@ -285,33 +277,10 @@ class Layout:
             bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
             groups = self._network_groups
             least, most = (reduce(bits, AXIS, axis_index_groups=groups) for reduce in (jax.lax.pmin, jax.lax.pmax))
-            # Of the tower on another device too, for a process looks at its first device only.
+            # Reduced over all devices, because callers read only the first.
             return jax.lax.pmin(jnp.all(least == most).astype(jnp.int32), AXIS)
 
         return self.map(lambda tree: jax.tree.map(same, tree))
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what buffers of up to 32 MB leave, some hundred MB at most, in place of giving it back.
-
-    In threads it gives back whole heaps, and takes them anew for the next chunk or batch: a million page faults in a
-    step of the full network on a CPU, a fifth of its time. Does nothing where the environment sets MALLOC_… itself, or
-    there is no glibc.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    # Of malloc.h: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD, and M_TOP_PAD of a whole heap.
-    for parameter, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):
-        mallopt(parameter, value)
 
 
 def addressable(leaf: jax.Array) -> list[np.ndarray]:
@@ -326,24 +295,3 @@ def addressable(leaf: jax.Array) -> list[np.ndarray]:
 def first(tree: Tree) -> Tree:
     """The first device's values of a tree that is the same on all devices, as NumPy arrays."""
     return jax.tree.map(lambda leaf: addressable(leaf)[0], tree)
-
-
-class Fetcher:
-    """Fetches results from the devices in a thread, so that dispatch never waits for them."""
-
-    def __init__(self):
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
-
-    def fetch(self, tree: Tree) -> concurrent.futures.Future:
-        """A future of (the first device's values, the `time.perf_counter()` at which they were ready)."""
-
-        def wait():
-            jax.block_until_ready(tree)
-            ready = time.perf_counter()
-            return first(tree), ready
-
-        return self._thread.submit(wait)
-
-    def close(self) -> None:
-        """Ends the thread. It does not wait: after a failure there may be steps that never end."""
-        self._thread.shutdown(wait=False, cancel_futures=True)

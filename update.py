@@ -1,7 +1,4 @@
-"""One update: the state that it changes, its first value, and the function that computes it on all devices.
-
-Needs JAX, Flax and Optax alone, so that a step can be measured where nothing else is installed.
-"""
+"""One update: the state that it changes, its first value, and the function that computes it on all devices."""
 
 from typing import Any
 
@@ -11,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import evaluate
 import models
+import optimizer
 import parallel
+import views
 
 
 @flax.struct.dataclass
 class State:
-    """What an update changes: the number of updates done, parameters, and the optimizer's velocity."""
+    """What an update changes: the number of updates done, the parameters, and the optimizer's velocity."""
 
     step: Any
     params: Any
@@ -31,9 +29,9 @@ def build_network(config, layout: parallel.Layout | None = None):
     return models.build(config.model, placement, config.input.crop)
 
 
-def init_state(config, rule: optax.GradientTransformation) -> State:
+def init_state(config) -> State:
     """The merged state before the first update, a function of `config.seed` alone."""
-    network = build_network(config)
+    network, rule = build_network(config), optimizer.build(config)
 
     def init(key):
         images = jnp.zeros((1, config.input.crop, config.input.crop, 3))
@@ -43,25 +41,23 @@ def init_state(config, rule: optax.GradientTransformation) -> State:
     return jax.jit(init)(jax.random.key(config.seed))
 
 
-def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformation, mean_image: np.ndarray):
+def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: optimizer.Rates):
     """Builds the update on all devices.
 
     Args:
-      rule: of `optimizer.build`.
-      mean_image: (S, S, 3) float32; its central crop is subtracted from every view, as in the source of 2012.
+      mean_image: (S, S, 3) float32; see `views.to_input`.
+      rates: the learning rate of every parameter at every step.
 
     Returns:
-      A function of (sharded state, sharded batch, rate factor, stop) giving (the next state, values): 'loss' and
-      'top1_error', means over the global batch, and 'stop', the largest of the processes' numbers of that name. It
-      consumes the state.
+      A function of (sharded state, sharded batch, rate factor) that gives (the next state, values). The batch is one of
+      `input_pipeline.train_batches`; all rates are multiplied by the rate factor, a float32 scalar; the values are
+      'loss' and 'top1_error', means over the global batch. The function consumes the state.
     """
-    network = build_network(config, layout)
-    mean = evaluate.center(mean_image, config.input.crop)
+    network, rule = build_network(config, layout), optimizer.build(config)
 
-    def step(state, batch, rate_factor, stop):
+    def step(state, batch, rate_factor):
         batch = layout.gather_rows(batch)
-        images = batch["image"].astype(jnp.float32) - mean + batch["shift"][:, None, None, :]
-        images = images * batch["gain"][:, None, None, None]
+        images = views.to_input(batch["image"], mean_image, config.input.scale, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_of(params):
@@ -81,12 +77,12 @@ def build_step(config, layout: parallel.Layout, rule: optax.GradientTransformati
         gradients, values = layout.mean((gradients, values))
 
         def update(gradients, opt_state, params):
-            rest = dict(step=state.step, rate_factor=rate_factor)
-            updates, opt_state = rule.update(gradients, opt_state, params, **rest)
+            updates, opt_state = rule.update(
+                gradients, opt_state, params, rates=rates.tree(params, state.step, rate_factor)
+            )
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = layout.in_place(update)(gradients, state.opt_state, state.params)
-        values["stop"] = layout.largest(stop)
         return State(step=state.step + 1, params=params, opt_state=opt_state), values
 
-    return layout.map(step, donate=(0,), broadcast=(2, 3))
+    return layout.map(step, donate=(0,), broadcast=(2,))

@@ -26,13 +26,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-import input_pipeline
-import metrics
-import parallel
-from benchmarks import input, measure, step
-from errors import UserError, check_ranges, fail, shortened
+from benchmarks import input as input_benchmark
+from benchmarks import measure, step
+from common import host
+from common.errors import UserError, check_ranges, shortened
+from common.exits import fail
+from datasets import prepared
+from run import metrics, schema
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 INTERVALS = 5  # of a run, the one with the compilation among them
 PIPELINE_BATCHES = 16
 SECONDS_BETWEEN_SAMPLES = 0.2
@@ -58,7 +59,7 @@ class Training:
         """Seconds of an image; raises `UserError` where main.py fails."""
         with tempfile.TemporaryDirectory() as folder:
             said, workdir = pathlib.Path(folder, "said.txt"), pathlib.Path(folder, "run")
-            command = [sys.executable, str(ROOT / "main.py"), *self._arguments, f"--workdir={workdir}"]
+            command = [sys.executable, str(measure.ROOT / "main.py"), *self._arguments, f"--workdir={workdir}"]
             self.memory = []
             with said.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
                 while process.poll() is None:
@@ -106,11 +107,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       UserError: a flag, the config or the data set cannot work.
     """
-    import train
-
     # With fewer steps there would be no interval after the first.
     check_ranges(vars(args), {"steps": (INTERVALS, 1 << 20), "rounds": (1, 1000), "cpu_devices": (0, 1024)}, "--")
-    parallel.keep_freed_memory()  # as main.py does
+    host.keep_freed_memory()  # as main.py does
     log_every = args.steps // INTERVALS
     num_steps = INTERVALS * log_every
     fields = {
@@ -129,13 +128,13 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if (field := override.removeprefix("--config.").partition("=")[0]) in fields:
             raise UserError(f"{override}: the benchmark itself sets {field}; --help lists what it takes.")
-    arguments = [f"--config={ROOT / 'configs/alexnet.py'}"]
+    arguments = [f"--config={measure.ROOT / 'configs/alexnet.py'}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     config = configured(arguments, overrides)
-    opened = input_pipeline.open_records(config.dataset, config.input, warn=False)
+    opened = prepared.open_records(config.dataset, config.input, warn=False)
     arguments.append(f"--config.model.num_classes={opened.num_classes}")
     config = configured(arguments, overrides)
-    train.validate(config)
+    schema.validate(config)
 
     devices = len(jax.devices())
     on_cpu = [f"--cpu_devices={args.cpu_devices}"] if args.cpu_devices else []
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     bare = step.Step(bare_config, devices, config.parallel.devices_per_network)
     bare.train()
     batch = config.batch_size
-    pipeline = input.Timed(functools.partial(input.records, opened, config, PIPELINE_BATCHES * batch))
+    pipeline = input_benchmark.Timed(functools.partial(input_benchmark.records, opened, config, PIPELINE_BATCHES * batch))
     candidates = {
         "end_to_end": training,
         "step": lambda: measure.clock(bare.train, args.seconds) / batch,

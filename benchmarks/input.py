@@ -40,12 +40,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import datasets.images
 import input_pipeline
-import parallel
 from benchmarks import measure
-from errors import UserError, check_ranges, fail
+from common import host
+from common.errors import UserError, check_ranges
+from common.exits import fail
+from datasets import prepared, sources
 
-CORES = parallel.cores()
+CORES = host.cores()
 AHEAD = 4 + 2 * CORES  # batches; no loader here prepares more in advance
 JPEG_QUALITY = 92  # of scaled photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what PyTorch users standardise with
@@ -94,8 +97,6 @@ def sample(photographs: pathlib.Path, into: pathlib.Path, images: int, size: int
     Raises:
       UserError: there is no such folder, nothing in it, or something that cannot be read.
     """
-    from datasets import sources
-
     if not into.exists():
         partial = into.with_name(f".{into.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
@@ -129,7 +130,7 @@ def _scaled(data: bytes, size: int) -> bytes:
     return file.getvalue()
 
 
-def records(opened: input_pipeline.Records, config: Any, images: int) -> tuple[int, float, float]:
+def records(opened: prepared.Records, config: Any, images: int) -> tuple[int, float, float]:
     """Draws training batches from prepared records; see `Timed` for what is returned.
 
     Args:
@@ -140,7 +141,7 @@ def records(opened: input_pipeline.Records, config: Any, images: int) -> tuple[i
     batches = input_pipeline.train_batches(
         opened,
         config.dataset.train_split,
-        input=config.input,
+        options=config.input,
         batch_size=config.batch_size,
         seed=config.seed,
         num_threads=config.input.threads or None,
@@ -176,17 +177,17 @@ class Raw:
       windows: (images, 4) int32: top, left, height, width in pixels.
     """
 
-    def __init__(self, opened: input_pipeline.Records, config: Any, images: int):
+    def __init__(self, opened: prepared.Records, config: Any, images: int):
         import tensorflow as tf
 
         index, places = opened.index(config.dataset.train_split), AHEAD * config.batch_size + np.arange(images)
         with index.reader() as reader:
-            found = reader.read(input_pipeline._example_numbers(len(index), config.seed, places))
+            found = reader.read(input_pipeline.example_numbers(len(index), config.seed, places))
         examples = [tf.train.Example.FromString(data).features.feature for data in found]
         self.encoded = [example["image"].bytes_list.value[0] for example in examples]
-        corner, *_ = input_pipeline._draw(opened, config.input, len(index), config.seed, places)
+        corner, *_ = input_pipeline.draw_views(opened, config.input, len(index), config.seed, places)
         self.windows = np.concatenate([corner, np.full_like(corner, config.input.crop)], axis=1)
-        self._threads = config.input.threads or os.cpu_count() or 1
+        self._threads = config.input.threads or CORES
         # Several parts for each thread, so that none is done long before the last.
         parts = np.array_split(np.arange(images), min(images, 8 * self._threads))
         self._parts = [
@@ -221,10 +222,9 @@ class Raw:
 
 def to_record(files: Sequence[pathlib.Path], config: Any) -> tuple[int, float, float]:
     """Makes records of photographs, and forgets them; see `Timed` for what is returned."""
-    from datasets import records
 
     def make(file):
-        records.to_record(file.read_bytes(), config.input.resize, config.dataset.max_pixels)
+        datasets.images.to_record(file.read_bytes(), config.input.resize, config.dataset.max_pixels)
 
     with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
         return clock(len(files), lambda: collections.deque(pool.map(make, files), maxlen=0))
@@ -234,7 +234,7 @@ def prepare(photographs: pathlib.Path, images: int, config: Any) -> tuple[int, f
     """Prepares a folder of photographs, and removes the records; see `Timed` for what is returned."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         size = config.input.resize
-        return clock(images, lambda: input_pipeline.prepare(str(photographs), data_dir=folder, size=size))
+        return clock(images, lambda: prepared.prepare(str(photographs), data_dir=folder, size=size))
 
 
 class Photographs:
@@ -329,7 +329,7 @@ def _measures(file: pathlib.Path) -> tuple[int, int]:
 def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Measures with the views of a config; raises `UserError` where a flag or the photographs cannot work."""
     check_ranges(vars(args), {"images": (1, 1 << 20), "rounds": (1, 1000), "size": (0, 4096)}, "--")
-    parallel.keep_freed_memory()  # as main.py does
+    host.keep_freed_memory()  # main.py does the same
     images = -(-args.images // config.batch_size) * config.batch_size
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(args.data_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -337,8 +337,8 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         place = hashlib.sha256(os.fsencode(photographs.resolve())).hexdigest()[:8]
         name = f"{photographs.resolve().name}-{place}-{images}" + (f"-{args.size}" if args.size else "")
         files = sample(photographs, folder / name, images, args.size)
-        directory = input_pipeline.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
-        opened = input_pipeline.Records.open(directory)
+        directory = prepared.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
+        opened = prepared.Records.open(directory)
 
         raw = Raw(opened, config, images)
         loaded = Photographs(files, config.input.resize, config.input.crop)

@@ -1,9 +1,9 @@
-"""Time of each layer, forward and backward, against its floor: `python -m benchmarks.layers`.
+"""Time of each layer, forward and backward, against its floor: `python -m benchmarks.layers [--config=…]`.
 
 Each part of the network runs alone on data that are on the device, with the shapes that it has in the training step.
 Its floor is the longer of two times: that of its operations at the machine's rate of matrix products, and that of the
-bytes it must read and write at the rate of a copy, both measured in the same run. A backward pass has all gradients but
-that of the images, and computes again what it needs of the forward pass and does not get. The update does not overwrite
+bytes it must read and write at the rate of a copy, both measured in the same run. A backward pass gives all gradients
+but that of the images, and recomputes what it needs of the forward pass and does not get. The update does not overwrite
 its input, as it does in the step.
 
 In the step the parts of several towers, and of both halves of a batch, run side by side; alone, some use one core only.
@@ -20,12 +20,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import models
 import optimizer
 import update
 from benchmarks import measure
-from errors import UserError, check_ranges, fail
+from common.errors import UserError, check_ranges
+from common.exits import fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Part:
     """A part of the training step.
 
     Attributes:
-      name: as 'conv1' or 'pool1'.
+      name: such as 'conv1' or 'pool1'.
       function: of (params, *inputs).
       params: tree of arrays.
       inputs: trees of shapes.
@@ -52,61 +54,56 @@ class Part:
 
 
 def parts(config: Any) -> list[Part]:
-    """The parts of a config's network in order of computation, with random inputs, and at last the update."""
+    """The parts of a config's network in order of computation, with random inputs, and finally the update."""
     network = models.build(config.model, None, config.input.crop)
     rows = {row.name: row for row in models.layer_table(config.model, config.input.crop)}
-    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
-    state = update.init_state(config, rule)
+    state = update.init_state(config)
+    rngs = {"dropout": jax.random.key(0)}
     found, counts = [], {}
+
+    def layer(module, inputs):
+        alone, first = module.clone(parent=None, name=None), module.name == next(iter(rows))
+        flops = 2 * config.batch_size * rows[module.name].multiply_adds
+        return Part(
+            module.name,
+            lambda params, inputs: alone.apply({"params": params}, inputs),
+            state.params[module.name],
+            (jax.tree.map(_shape, inputs),),
+            flops,
+            flops if first else 2 * flops,
+            not first,
+        )
+
+    def step(method, x, *options):  # `train` and `rows` of dropout
+        counts[method] = counts.get(method, 0) + 1
+
+        def function(_, x):
+            return network.apply({}, x, *options, method=method, rngs=rngs)
+
+        return Part(f"{method}{counts[method]}", function, {}, (_shape(x),))
 
     def intercept(call, args, kwargs, context):
         module, method = context.module, context.method_name
         if module.name in rows and method == "__call__":
-            row, alone = rows[module.name], module.clone(parent=None, name=None)
-            flops = 2 * config.batch_size * row.multiply_adds
-            first = module.name == "conv1"
-            found.append(
-                Part(
-                    module.name,
-                    lambda params, inputs: alone.apply({"params": params}, inputs),
-                    state.params[module.name],
-                    jax.tree.map(_shape, args),
-                    flops,
-                    flops if first else 2 * flops,
-                    not first,
-                )
-            )
-        elif method in ("_activate", "_normalize", "_pool", "_dropout"):
-            counts[method] = counts.get(method, 0) + 1
-
-            def function(_, x, *rest):
-                return network.apply({}, x, *rest, method=method, rngs={"dropout": jax.random.key(0)})
-
-            static = args[1:]  # `train` and `rows` of dropout
-            found.append(
-                Part(
-                    f"{method[1:]}{counts[method]}",
-                    lambda params, x: function(params, x, *static),
-                    {},
-                    (_shape(args[0]),),
-                )
-            )
+            found.append(layer(module, *args))
+        elif method in models.STEPS:
+            found.append(step(method, *args))
         return call(*args, **kwargs)
 
     def forward(images):
         with nn.intercept_methods(intercept):
-            return network.apply({"params": state.params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+            return network.apply({"params": state.params}, images, train=True, rngs=rngs)
 
     crop = config.input.crop
     jax.eval_shape(forward, jax.ShapeDtypeStruct((config.batch_size, crop, crop, 3), jnp.float32))
+    rule, rates = optimizer.build(config), measure.rates(config)
 
-    def step(state, gradients):
-        import optax
-
-        updates, opt_state = rule.update(gradients, state.opt_state, state.params, step=state.step, rate_factor=1.0)
+    def new_state(state, gradients):
+        found = rates.tree(state.params, state.step)
+        updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=found)
         return optax.apply_updates(state.params, updates), opt_state
 
-    found.append(Part("update", step, state, (jax.tree.map(_shape, state.params),), gradient_of_inputs=False))
+    found.append(Part("update", new_state, state, (jax.tree.map(_shape, state.params),), gradient_of_inputs=False))
     return found
 
 
@@ -162,14 +159,16 @@ def run(config: Any, rounds: int) -> dict[str, Any]:
             limit = "product" if flops * best["product"] > moved * best["copy"] else "memory"
             print(f"{name:22} {1e3 * best['part']:8.1f} ms, floor {1e3 * floor:8.1f} ms ({limit})", flush=True)
     totals = {key: sum(row[key] for row in rows) for key in ("milliseconds", "floor_milliseconds")}
-    return {"batch_size": config.batch_size, "width": config.model.width, "dtype": config.model.dtype} | {
-        "rounds": rounds, "total": totals, "parts": rows
-    }  # fmt: skip
+    return {"batch_size": config.batch_size, "model": config.model.to_dict(), "rounds": rounds} | {
+        "total": totals,
+        "parts": rows,
+    }
 
 
 def main() -> None:
     """Parses the flags, measures, and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/alexnet.py", help="the recipe whose network and update are timed")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -177,7 +176,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         check_ranges(vars(args), {"rounds": (1, 1000)}, "--")
-        measure.report("layers", run(measure.recipe(args.batch_size, args.width, args.dtype), args.rounds))
+        config = measure.recipe(args.config, args.batch_size, args.width, args.dtype)
+        measure.report("layers", {"config": args.config} | run(config, args.rounds))
     except UserError as error:
         fail(str(error))
 

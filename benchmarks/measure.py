@@ -1,47 +1,48 @@
 """What the benchmarks share: the recipe, interleaved timing, the machine's own rate, and the JSON line.
 
-Nothing here needs TensorFlow, clu or ml_collections.
+Nothing here needs TensorFlow or clu.
 """
 
 import json
 import pathlib
 import platform
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-import parallel
-from errors import check_ranges
+import optimizer
+from common import cli, host
+from common.errors import UserError, check_ranges
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-class _Fields(dict):
-    """Stands in for `ml_collections.ConfigDict` where that is not installed: a dictionary whose keys are attributes."""
-
-    def __setattr__(self, name, value):
-        self[name] = _Fields(value) if isinstance(value, dict) else value
-
-    __getattr__ = dict.__getitem__
+IMAGENET_IMAGES = 1_281_167  # of the training split
 
 
-def recipe(batch_size: int = 128, width: float = 1.0, dtype: str = "float32") -> Any:
-    """The config of configs/alexnet.py, with these values; raises `UserError` where they are out of range."""
+def recipe(
+    path: str = "configs/alexnet.py", batch_size: int = 128, width: float = 1.0, dtype: str = "float32"
+) -> ml_collections.ConfigDict:
+    """The config of a recipe, FILE[:VARIANT], with these values; raises `UserError` if one is out of range."""
     check_ranges({"batch_size": batch_size, "width": width}, {"batch_size": (1, 1 << 20), "width": (1e-3, 64)}, "--")
-    try:
-        import ml_collections  # noqa: F401
-    except ImportError:
-        sys.modules["ml_collections"] = types.SimpleNamespace(ConfigDict=_Fields)
-    from configs import alexnet
-
-    config = alexnet.get_config()
-    config.batch_size, config.model.width, config.model.dtype = batch_size, width, dtype
+    config = cli.load_config(str(ROOT / path))
+    if width != 1 and "width" not in config.model:
+        raise UserError(f"--width={width}, but the network of {path} has one width.")
+    if "width" in config.model:
+        config.model.width = width
+    config.batch_size, config.model.dtype = batch_size, dtype
     return config
+
+
+def rates(config) -> optimizer.Rates:
+    """The learning rates of a config, with epochs as long as those of ImageNet."""
+    return optimizer.Rates(config, IMAGENET_IMAGES / config.batch_size)
 
 
 def interleaved(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -122,7 +123,7 @@ def machine() -> dict[str, Any]:
         name = names[0] if names else name
     return {
         "device": name if device.platform == "cpu" else device.device_kind,
-        "cores": parallel.cores(),
+        "cores": host.cores(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

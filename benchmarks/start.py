@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 from benchmarks import measure
-from errors import UserError, check_ranges, fail
+from common.errors import UserError, check_ranges
+from common.exits import fail
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ("--config=configs/demo.py", "--config.log_every.steps=1", "--config.num_steps=3", "--cpu_devices=2")
 
 
@@ -34,11 +34,11 @@ def start(cache: pathlib.Path) -> tuple[float, float]:
       UserError: main.py fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", str(ROOT / "main.py"), *FLAGS, f"--workdir={folder}/run"]
+        command = [sys.executable, "-u", str(measure.ROOT / "main.py"), *FLAGS, f"--workdir={folder}/run"]
         known = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         begun, lines, first = time.perf_counter(), [], None
         with subprocess.Popen(
-            command, cwd=ROOT, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, cwd=measure.ROOT, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
             for line in process.stdout:
                 lines.append(line.strip())

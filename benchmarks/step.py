@@ -4,9 +4,10 @@
     python -m benchmarks.step --compare=layouts --devices=2     two devices, a tower on each, beside one
     python -m benchmarks.step --batch_sizes=16,32,64,128        time against the batch
     python -m benchmarks.step --widths=0.25,0.5,1               and against the width
+    python -m benchmarks.step --config=configs/cifar10.py       another network
 
-The full step of configs/alexnet.py: forward, backward, update, dropout, response normalisation. What is compared runs
-in turn, round by round, and the machine's own rate of matrix products in the same type is measured between.
+The full step of a recipe: forward, backward, update, dropout, response normalisation. The candidates run in turn, round
+by round, and between them the machine's own rate of matrix products in the same type.
 """
 
 import argparse
@@ -20,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import evaluate
 import models
-import optimizer
 import parallel
 import update
+import views
 from benchmarks import measure
-from errors import UserError, check_ranges, fail
+from common.errors import UserError, check_ranges
+from common.exits import fail
 
 
 class Step:
@@ -39,29 +40,27 @@ class Step:
             batch_size=config.batch_size,
             devices=jax.devices()[:devices],
         )
-        rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
         self.host_batch, self.mean = _batch(config), np.full((config.input.resize,) * 2 + (3,), 118.0, np.float32)
-        merged = jax.device_get(update.init_state(config, rule))
+        merged = jax.device_get(update.init_state(config))
         self.params = merged.params
         self._state, self._batch = layout.shard(merged), layout.put(self.host_batch)
-        rest = np.float32(1), np.float32(0)
         begun = time.perf_counter()
-        step = update.build_step(config, layout, rule, self.mean).lower(self._state, self._batch, *rest).compile()
+        step = update.build_step(config, layout, self.mean, measure.rates(config))
+        self._step = step.lower(self._state, self._batch, np.float32(1)).compile()
         self.compile_seconds = time.perf_counter() - begun
-        self._step = functools.partial(_call, step, rest)
-        self._memory = step.memory_analysis()
+        self._memory = self._step.memory_analysis()
+        self._scale = config.input.scale
         self._network = update.build_network(config, layout)
         self._forward, self._layout = layout.map(self._logits), layout
 
     def _logits(self, params, batch):
         batch = self._layout.gather_rows(batch)
-        crop = batch["image"].shape[1]
-        images = batch["image"].astype("float32") - evaluate.center(self.mean, crop) + batch["shift"][:, None, None, :]
+        images = views.to_input(batch["image"], self.mean, self._scale, batch["shift"], batch["gain"])
         return self._network.apply({"params": params}, images)
 
     def train(self) -> None:
         """One update."""
-        self._state, values = self._step(self._state, self._batch)
+        self._state, values = self._step(self._state, self._batch, np.float32(1))
         jax.block_until_ready(values)
 
     def forward(self) -> np.ndarray:
@@ -78,10 +77,6 @@ class Step:
             + planned.temp_size_in_bytes
             - planned.alias_size_in_bytes
         )
-
-
-def _call(step, rest, state, batch):
-    return step(state, batch, *rest)
 
 
 def _batch(config) -> dict[str, np.ndarray]:
@@ -109,7 +104,7 @@ def parameters_and_maps(config) -> int:
 
     def note(call, args, kwargs, context):
         result = call(*args, **kwargs)
-        if context.method_name in ("_activate", "_normalize", "_pool", "_dropout"):
+        if context.method_name in models.STEPS:
             found.append(result)
         return result
 
@@ -139,7 +134,7 @@ def run(config, args) -> dict[str, Any]:
         steps["torch"] = torch_alexnet.Step(
             ours.params,
             ours.host_batch,
-            evaluate.center(ours.mean, config.input.crop),
+            views.center(ours.mean, config.input.crop),
             device="cpu" if jax.default_backend() == "cpu" else "cuda",
             dtype=config.model.dtype,
             compiled=args.torch_compile,
@@ -201,6 +196,7 @@ def _numbers(kind: type):
 def main() -> None:
     """Parses the flags, measures, and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/alexnet.py", help="the recipe whose network and step are timed")
     parser.add_argument("--batch_sizes", type=_numbers(int), default=[128])
     parser.add_argument("--widths", type=_numbers(float), default=[1.0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -217,6 +213,8 @@ def main() -> None:
         check_ranges(vars(args), {"devices": (1, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
         if args.torch_compile and args.compare != "torch":
             raise UserError("--torch_compile goes with --compare=torch.")
+        if args.compare == "torch" and measure.recipe(args.config).model.name != "alexnet":
+            raise UserError(f"--compare=torch has a PyTorch form of alexnet only, not of {args.config}.")
         on_cpu = jax.config.jax_platforms in (None, "", "cpu")
         if args.devices > 1 and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)
@@ -225,7 +223,7 @@ def main() -> None:
         results = []
         for width in args.widths:
             for batch_size in args.batch_sizes:
-                config = measure.recipe(batch_size, width, args.dtype)
+                config = measure.recipe(args.config, batch_size, width, args.dtype)
                 config.optimizer.learning_rate = 1e-4  # stays finite on noise
                 results.append(run(config, args))
                 print(", ".join(f"{name} {value}" for name, value in results[-1].items()))

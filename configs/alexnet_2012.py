@@ -28,5 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.bias_rate = 2.0  # 0.02 beside 0.01
     config.schedule.name = "steps"
     config.schedule.factors = ((25.0, 1e-1), (51.0, 1e-2), (79.0, 1e-3))
-    config.schedule.layers = (("conv1", ((67.0, 1e-3), (72.0, 0.0))),)
+    config.schedule.layers = (("conv1", ((67.0, 0.1), (72.0, 0.0))),)  # times the common factor: 1e-5, then frozen
     return config

@@ -13,20 +13,19 @@ as PNG, without loss.
 
 import ml_collections
 
-from configs import alexnet
-from errors import UserError
+from configs import base
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe; `variant` is '' for ReLU or 'tanh'."""
-    if variant not in ("", "tanh"):
-        raise UserError(f"configs/cifar10.py:{variant}: the only variant is tanh.")
-    config = alexnet.get_config()
+    base.check_variant("configs/cifar10.py", variant, ("tanh",))
+    config = base.get_config()
+    config.batch_size = 128
     config.num_epochs = 30.0
+    config.eval_batch_size = 1000
     config.dataset.name = "cifar10"
     config.dataset.eval_split = "test"
-    config.input.update(resize=32, crop=32, random_crop=False, reflect=False, lighting_std=0.0)
-    config.eval_batch_size = 1000
+    config.input.update(resize=32, crop=32)  # whole images, neither cropped nor reflected
     config.model = dict(
         name="cifar",
         num_classes=10,
@@ -36,6 +35,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         dtype="float32",
     )
     config.optimizer.learning_rate = 0.001
-    config.optimizer.weight_decay = 0.0
-    config.schedule.name = "steps"
+    config.optimizer.momentum = 0.9
     return config

@@ -1,4 +1,4 @@
-"""What a person sees while a data set is prepared: one bar on a terminal, a line now and then elsewhere."""
+"""What a person sees while a data set is prepared: one bar on a terminal, otherwise a line now and then."""
 
 import contextlib
 import io
@@ -11,16 +11,18 @@ import rich.console
 import rich.progress
 from absl import logging
 
+from datasets import tensorflow_datasets
+
 SECONDS_BETWEEN_LINES = 30
 
 
 @contextlib.contextmanager
 def progress(doing: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Shows how far a piece of work is; what others print meanwhile is dropped.
+    """Shows the progress of a task. What others print meanwhile is dropped.
 
     Args:
-      doing: what is being done.
-      total: how many images there are, if it is known.
+      doing: the name of the task.
+      total: the number of images, if it is known.
 
     Yields:
       A function to call after each image.
@@ -53,10 +55,8 @@ def progress(doing: str, total: int | None = None) -> Iterator[Callable[[], None
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences TFDS, absl and Pillow's warnings; a context and a decorator."""
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
+    """Silences TFDS, absl and Pillow's warnings; works as a context and as a decorator."""
+    tensorflow_datasets().disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -65,3 +65,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def printable(name: str) -> str:
+    """A file's name for messages and JSON: control characters and bytes that are not UTF-8 become escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

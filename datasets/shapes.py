@@ -1,7 +1,7 @@
 """Shapes: a generated set of photographs' size, for the demo and the tests.
 
-Ten classes, each a shape, a texture and a colour family. Any two of the three cues leave several classes open, and
-position, size, rotation, hue, brightness and background are random, so that pixels tell a linear classifier little.
+Each of the ten classes is a shape, a texture and a colour family. Any two of the three leave several classes open.
+Position, size, rotation, hue, brightness and background are random, so a linear classifier on pixels learns little.
 """
 
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 SHAPES = ("disc", "square", "triangle")
 TEXTURES = ("stripes", "checks")
 COLOURS = ("warm", "cool")
-# Of the twelve combinations two are left out, of different shape, texture and colour.
+# These two of the twelve combinations are left out; they share no shape, texture or colour.
 LEFT_OUT = ("disc-stripes-warm", "square-checks-cool")
 CLASSES = tuple(name for name in map("-".join, itertools.product(SHAPES, TEXTURES, COLOURS)) if name not in LEFT_OUT)
 SIZE = 256  # pixels a side
@@ -45,7 +45,7 @@ def draw(label: int, random: np.random.Generator) -> np.ndarray:
     rgb = _rgb(hue, random.uniform(0.55, 0.9)) * random.uniform(0.7, 1.0)
     object_ = rgb * np.where(waves > 0, 1.0, random.uniform(0.3, 0.5))[..., None]
 
-    # The background is a smooth mixture of two colours of any hue, with grain.
+    # The background mixes two colours of any hue smoothly, and grain covers everything.
     far, near = (_rgb(random.uniform(0, 360), random.uniform(0.1, 0.6)) * random.uniform(0.2, 0.9) for _ in range(2))
     slope = random.uniform(-1, 1, 2)
     blend = np.clip(0.5 + (slope[0] * (x - SIZE / 2) + slope[1] * (y - SIZE / 2)) / SIZE, 0, 1)[..., None]
@@ -61,12 +61,11 @@ def _rgb(hue: float, saturation: float) -> np.ndarray:
     return (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The set as TFDS sees it. Example number i of a split is a function of (split, i) alone."""
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """The set as a TFDS builder, `shapes`. Example i of a split is a function of (split, i) alone."""
 
     VERSION = tfds.core.Version("1.0.0")
     EXAMPLES = {"train": 2500, "test": 500}  # noqa: RUF012 -- a constant
-    name = "shapes"
 
     def _info(self):
         return self.dataset_info_from_configs(

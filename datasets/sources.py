@@ -1,6 +1,6 @@
-"""Where images come from: a folder of photographs, a TFDS data set, or a set generated here.
+"""Where images come from: a folder of photographs, or a TFDS builder, such as `datasets.shapes`.
 
-A source yields files as they are, encoded; `datasets.records` makes records of them.
+A source yields encoded image files as they are; `datasets.conversion` makes records of them.
 """
 
 import collections
@@ -17,18 +17,19 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
-from datasets.progress import progress, quiet
-from errors import UserError, nearest, shown
+from common.errors import UserError, nearest, shown
+from datasets import tensorflow, tensorflow_datasets
+from datasets.progress import printable, progress, quiet
 
-# Archives that TFDS cannot download; without one of these it would go on and leave out a split, or fail unclearly.
+# Archives that TFDS cannot download. Without one of them it would leave out a split, or fail without a clear reason.
 ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-# Files with other suffixes in a class folder (Thumbs.db, notes, .heic) are passed over, and counted.
+# Files with other suffixes in a class folder, such as Thumbs.db, are passed over and counted.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One image of a source: its name, its label, and a function that opens it for reading."""
+    """One image file of a source: its name, its label, and a function that opens it for reading."""
 
     name: str
     label: int
@@ -40,11 +41,11 @@ class Source:
     """Images to prepare.
 
     Attributes:
-      origin: what the images come from, as a person and `prepared.json` name it.
+      origin: the folder or TFDS name that the images come from.
       class_names: by label.
       counts: number of files by split.
-      files: yields the files of a split, always in the same order.
-      passed_over: how many files of a folder were taken for no images, by suffix.
+      files: a function that yields the files of a split, always in the same order.
+      passed_over: number of files that have no image suffix, by suffix.
     """
 
     origin: str
@@ -53,52 +54,59 @@ class Source:
     files: Callable[[str], Iterator[File]]
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def total(self) -> int:
+        """The number of files of all splits."""
+        return sum(self.counts.values())
+
 
 def is_folder(name: str) -> bool:
-    """Whether a data set's name is a folder, there or not, and not the name of a TFDS or generated set."""
+    """Whether a data set's name means a folder, existing or not, instead of a TFDS builder."""
     if name.startswith((".", "/", "~")) or os.path.isdir(name):  # noqa: PTH112 -- a Path raises on too long a name
         return True
-    # A path, or a TFDS set and its config, as imagenette/320px-v2.
+    # What has a slash is a path, or a TFDS builder with its config, such as imagenette/320px-v2.
     return "/" in name and name.partition("/")[0] not in _tfds_names()
 
 
 def prepared_name(name: str) -> str:
-    """The name under which a set is prepared: a folder's last part, or the name of the set."""
+    """The name of the prepared set: a folder's last part, or the builder's name."""
     found = printable(pathlib.Path(name).resolve().name if is_folder(name) else re.sub("[/:]", "-", name))
     if len(found.encode()) > 200:  # a file system takes 255 bytes
         raise UserError(f"{shown(name)} is too long a name for a data set.")
     return found
 
 
+def is_origin(origin: str, name: str) -> bool:
+    """Whether a prepared set of this `Source.origin` was made from the data set `name`. A folder may be gone by now."""
+    if is_folder(name):
+        return origin == printable(str(pathlib.Path(name).resolve()))
+    return str(origin).startswith(f"TFDS {re.split('[/:]', name)[0]}/")
+
+
 def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str = "train") -> Source:
     """Opens a source by name.
 
     Args:
-      name: a folder ROOT that holds ROOT/SPLIT/CLASS/*.jpg, a TFDS name, or 'shapes'.
-      data_dir: where TFDS keeps and finds its data sets.
+      name: a folder ROOT that holds ROOT/SPLIT/CLASS/*.jpg, or the name of a TFDS builder.
+      data_dir: where TFDS keeps its data sets.
       manual_dir: where archives lie that TFDS cannot download, such as ILSVRC2012_img_train.tar.
       train_split: the split whose class folders number the classes.
 
     Raises:
-      UserError: nothing of this name, or nothing in it.
+      UserError: there is nothing of this name, or it holds no labelled images.
     """
     if is_folder(name):
         try:
             return _folder(pathlib.Path(name), train_split)
         except OSError as error:
             raise UserError(f"{printable(str(error.filename or name))} cannot be listed: {error.strerror}.") from None
-        except UserError as error:  # in which names of files stand as they are
+        except UserError as error:  # it may quote the names of files
             raise UserError(printable(str(error))) from None
     return _tfds(name, data_dir, manual_dir)
 
 
-def printable(name: str) -> str:
-    """A file's name for messages and JSON: control characters, and bytes that are not UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def _open(file: pathlib.Path) -> BinaryIO:
-    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+    if file.exists() and not file.is_file():  # opening a pipe would wait forever
         raise OSError("it is not a regular file")
     return file.open("rb")
 
@@ -159,19 +167,12 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
 
 @quiet()
 def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
-    import tensorflow as tf
-
-    from datasets.shapes import Shapes
-
-    tfds = tensorflow_datasets()
+    tf, tfds = tensorflow(), tensorflow_datasets()
     directory = pathlib.Path(data_dir).resolve()
-    known = [Shapes.name, *_tfds_names()]
-    if (base := re.split("[/:]", name)[0]) not in known:
-        raise UserError(f"{name!r} is neither a folder here nor a TFDS data set: {_few(nearest(name, known))}")
-    if base == Shapes.name != name:
-        raise UserError(f"There is one set {base}, and no {name!r}.")
+    if (base := re.split("[/:]", name)[0]) not in _tfds_names():
+        raise UserError(f"{name!r} is neither a folder here nor a TFDS data set: {_few(nearest(name, _tfds_names()))}")
     try:
-        builder = Shapes(data_dir=directory) if name == Shapes.name else tfds.builder(name, data_dir=directory)
+        builder = tfds.builder(name, data_dir=directory)
     except ImportError as error:
         raise UserError(f"TFDS cannot open {name}: {error}") from None
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError):
@@ -187,13 +188,11 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
             _check_at_hand(builder, directory / "downloads", manual)
             config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None, try_download_gcs=False)
-            verb = "Drawing" if name == Shapes.name else "TFDS downloads or reads"
-            print(f"{verb} {name} into {builder.data_path}, once.", flush=True)
+            print(f"TFDS puts {name} into {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
                 builder.download_and_prepare(download_config=config, file_format=None)
     except (AssertionError, OSError, tarfile.TarError, tf.errors.OpError, tfds.core.download.DownloadError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"TFDS could not get {name} ready: {reason}") from error
+        raise UserError(f"TFDS could not get {name} ready: {' '.join(str(error).split())}") from error
 
     def files(split):
         examples = builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False)
@@ -204,18 +203,18 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             yield File(f"{split}/{identity}", int(example["label"]), functools.partial(io.BytesIO, example["image"]))
 
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    # Contests publish test images without labels, as −1; nothing can be measured on those.
+    # Contests publish test images without labels, which TFDS sets to −1. Nothing can be measured on those.
     labelled = {split: count for split, count in counts.items() if count and next(files(split)).label >= 0}
     return Source(f"TFDS {builder.info.full_name}", tuple(features["label"].names), labelled, files)
 
 
 def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> None:
-    """Says at once what TFDS would find out late: archives that are missing, no network."""
+    """Refuses at once what TFDS would find out late: missing archives, no network."""
     missing = [name for name in ARCHIVES.get(builder.name, ()) if not (manual / name).is_file()]
     if missing:
         raise UserError(
-            f"{builder.name} needs {' and '.join(missing)} in {manual}; they come from "
-            f"{builder.info.homepage}, and python -m tools.prepare takes another folder as --manual_dir."
+            f"{builder.name} needs {' and '.join(missing)} in {manual}; get them from {builder.info.homepage}, or name "
+            f"their folder with --manual_dir of python -m tools.prepare."
         )
     downloaded = any(file.is_file() for file in downloads.glob("*"))
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS or downloaded or urllib.request.getproxies():
@@ -226,15 +225,6 @@ def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> No
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise UserError(f"{builder.name} cannot be downloaded, {host} is not found: {error.strerror}.") from None
-
-
-def tensorflow_datasets():
-    """Imports TFDS, and keeps it from Google's buckets, where it looks for descriptions and copies of its sets."""
-    import tensorflow_datasets as tfds
-
-    # Later versions look there only when told to, but leave an empty folder in TMPDIR all the same.
-    tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
-    return tfds
 
 
 def _tfds_names() -> list[str]:

@@ -1,61 +1,103 @@
-"""The networks by name, built from a config's `model` section."""
+"""The networks by name, and the interface that they share.
+
+A network is a Flax module that knows nothing of training, data or devices; `parallel.Towers` tells it which of its
+towers are on this device. To add one: a module here, a line in MODELS, a config, a test.
+
+**Call.** `network(images, train=False, rows=None)` → logits. `images` is (N, H, W, 3), RGB with the mean subtracted.
+`train` draws dropout masks from the rng 'dropout', by `rows`: (N,) numbers of the examples in the global batch, which
+are 0 … N − 1 by default. The logits are (N, num_classes) float32, the same on every device of a network.
+
+**Fields.** Dataclass fields without defaults, because each number stands once, in the config: the section `model` has a
+line for every field. All networks have `num_classes`, `towers` (how many the network has), `dtype` ('float32' or
+'bfloat16', of the computation) and `placement` (a `parallel.Towers`, not in the config). A field `initial_weights` is
+`model.init` in the config, because `init` is a method of every Flax module. The types are bool, int, float, str and
+tuple. `validate(image_size)` raises `UserError` for values that cannot work.
+
+**Parameters.** {layer: {'kernel', 'bias'}}, float32, initialised with all towers in one place. Every leaf is sharded on
+its last axis: with the towers on two devices, tower 0 holds the first half of the output maps and tower 1 the second.
+The last layer gives the logits.
+
+**Towers.** Before a layer whose input is the maps of all towers, the network calls `placement.join` and records the
+result with `sow('intermediates', f'{layer}_joined', …)`.
+
+**Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
+and `rows` as well), so that a tool can intercept them.
+
+**convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
+On a CPU device with several cores it runs on the two halves of a batch.
+"""
 
 import dataclasses
 import math
+import typing
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError, check_name, check_type, nearest
+from common.errors import UserError, check_name, check_ranges, check_type, nearest
+from models import cpu
 from models.alexnet import AlexNet
 from models.cifar import CifarNet
+from models.torchvision import TorchvisionAlexNet
 from parallel import Towers
 
-MODELS = {"alexnet": AlexNet, "cifar": CifarNet}
+MODELS = {"alexnet": AlexNet, "cifar": CifarNet, "torchvision": TorchvisionAlexNet}
+STEPS = ("activate", "normalize", "normalize_spatially", "pool", "average", "dropout")
 
 
 def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.Module:
     """Builds the network that a config's `model` section describes.
 
     Args:
-      model: mapping with `name` and the fields of that network.
-      placement: which towers are on this device; all of them by default, the form in which parameters are merged.
+      model: mapping with `name` and every field of that network.
+      placement: which towers are on this device; by default all of them, the form in which parameters are merged.
       image_size: side of the images it will see, `input.crop`.
 
     Raises:
-      UserError: an unknown network or field, or a value that cannot work.
+      UserError: an unknown network or field, a missing field, or a value that cannot work.
     """
     fields = dict(model)
     name = fields.pop("name", None)
-    check_type("model.name", name, "")
+    check_type("model.name", name, str)
     check_name("model.name", name, MODELS)
-    known = {field.name: field.default for field in dataclasses.fields(MODELS[name])}
-    for internal in ("parent", "name", "placement"):
-        del known[internal]
-    if "initial_weights" in known:
-        known["init"] = known.pop("initial_weights")  # `init` is a method of every Flax module
+    network_class = MODELS[name]
+    types = _field_types(network_class)
     for field, value in fields.items():
-        if field not in known:
-            raise UserError(f"model.{field} is no field of {name}: {nearest(field, known)}")
-        if isinstance(known[field], tuple):
-            value = (value,) if isinstance(value, str) else value  # it would pass for a tuple of letters
-            check_type(f"model.{field}", value, ())
-            fields[field] = tuple(value)
-        else:
-            check_type(f"model.{field}", value, known[field])
-    fields = known | fields
+        if field not in types:
+            raise UserError(f"model.{field} is no field of {name}: {nearest(field, types)}")
+        if types[field] is tuple and isinstance(value, str):
+            value = (value,)  # it would pass for a tuple of letters
+        check_type(f"model.{field}", value, types[field])
+        fields[field] = tuple(value) if types[field] is tuple else value
+    for field in types:
+        if field not in fields:
+            raise UserError(f"The config has no field model.{field}, which {name} needs.")
+    check_name("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+    check_ranges(fields, {"num_classes": (2, 1 << 20)}, "model.")
     if "init" in fields:
         fields["initial_weights"] = fields.pop("init")
-    network = MODELS[name](**fields, placement=placement or Towers(fields["towers"], fields["towers"]))
+    placement = placement or Towers(fields["towers"], fields["towers"])
+    if placement.cores >= 2 and hasattr(network_class, "convolutional"):
+        network_class = cpu.in_halves(network_class)
+    network = network_class(**fields, placement=placement)
     network.validate(image_size)
     return network
+
+
+def _field_types(network_class) -> dict[str, type]:
+    """The fields that a config gives a network, with their types."""
+    types = {field.name: typing.get_origin(field.type) or field.type for field in dataclasses.fields(network_class)}
+    for internal in ("parent", "name", "placement"):
+        del types[internal]
+    return {"init" if name == "initial_weights" else name: kind for name, kind in types.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One layer: its output for one image, merged kernel, parameters, multiply-adds, and the floats each tower sends
-    to the other before it."""
+    to the other before it.
+    """
 
     name: str
     output: tuple[int, ...]
@@ -69,27 +111,27 @@ def layer_table(model, image_size: int) -> list[Row]:
     """The layers with parameters, in order of computation, for a config's `model` section; nothing is computed."""
     network = build(model, None, image_size)
     images = jnp.zeros((1, image_size, image_size, 3))
+    names = []
 
     def trace(key):
         variables = network.init(key, images)
+        names.extend(variables["params"])  # in order of computation; JAX sorts the keys of what is returned
         _, seen = network.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
         return variables["params"], seen["intermediates"]
 
     params, seen = jax.eval_shape(trace, jax.random.key(0))
-    rows, towers = [], model.towers
-    for name, leaves in params.items():
-        output = seen[name]["__call__"][0].shape[1:]
-        kernel = leaves["kernel"]
-        joined = seen.get(f"{name}_joined")
-        sent = math.prod(joined[0].shape[1:]) // towers if joined and towers > 1 else 0
+    rows = []
+    for name in names:
+        output, kernel = seen[name]["__call__"][0].shape[1:], params[name]["kernel"].shape
+        joined = seen.get(f"{name}_joined", ())
         rows.append(
             Row(
                 name=name,
                 output=output,
-                kernel=kernel.shape,
-                parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-                multiply_adds=math.prod(output[:-1]) * math.prod(kernel.shape),
-                exchange=sent,
+                kernel=kernel,
+                parameters=sum(math.prod(leaf.shape) for leaf in params[name].values()),
+                multiply_adds=math.prod(output[:-1]) * math.prod(kernel),
+                exchange=sum(math.prod(x.shape[1:]) // network.towers for x in joined) if network.towers > 1 else 0,
             )
         )
     return rows

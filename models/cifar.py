@@ -8,14 +8,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError, check_name, check_ranges, shown
-from models import layers
-from models.alexnet import ACTIVATIONS
+from common.errors import UserError, check_name, check_ranges, shown
+from models import ops
+from models.layers import ACTIVATIONS
 from parallel import Towers
 
 
 class CifarNet(nn.Module):
     """conv5×5×32 → max-pool → act → conv5×5×32 → act → avg-pool → conv5×5×64 → act → avg-pool → fc10; pools are 3/2.
+
+    `models` describes the interface; nothing here is random, so `train` and `rows` change nothing.
 
     Attributes:
       num_classes: width of the fully-connected layer.
@@ -26,50 +28,51 @@ class CifarNet(nn.Module):
       placement: which towers are on this device.
     """
 
-    num_classes: int = 10
-    activation: str = "relu"
-    lrn: bool = False
-    towers: int = 1
-    dtype: str = "float32"
-    placement: Towers = Towers(1, 1)
+    num_classes: int
+    activation: str
+    lrn: bool
+    towers: int
+    dtype: str
+    placement: Towers
 
-    @nn.compact
+    def setup(self):
+        """The four layers, with the source's standard deviations of the initial weights."""
+
+        def conv(features, deviation):
+            kernel_init = nn.initializers.normal(deviation)
+            return nn.Conv(features, (5, 5), padding=2, dtype=self.dtype, kernel_init=kernel_init)
+
+        self.conv1, self.conv2, self.conv3 = conv(32, 1e-4), conv(32, 0.01), conv(64, 0.01)
+        self.fc10 = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))
+
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
-        """Maps (N, 32, 32, 3) images, RGB in 0–255 with the mean subtracted, to (N, num_classes) float32 logits.
-
-        `train` and `rows` are taken for the sake of a common interface; nothing here is random.
-        """
+        """Maps (N, 32, 32, 3) images to logits; see `models`."""
         del train, rows
-        activate = ACTIVATIONS[self.activation]
-
-        def conv(x, features, deviation, name):
-            return nn.Conv(
-                features,
-                (5, 5),
-                padding=2,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(deviation),
-                name=name,
-            )(x)
-
-        def normalize(x):
-            if not self.lrn:
-                return x
-            return layers.local_response_normalization(x, k=1.0, n=3, alpha=5e-5 / 3, beta=0.75)
-
         x = images.astype(self.dtype)
-        x = normalize(activate(layers.max_pool(conv(x, 32, 1e-4, "conv1"), 3, 2)))
-        x = normalize(layers.avg_pool(activate(conv(x, 32, 0.01, "conv2")), 3, 2))
-        x = layers.avg_pool(activate(conv(x, 64, 0.01, "conv3")), 3, 2)
-        x = x.reshape(x.shape[0], -1)
-        x = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01), name="fc10")(x)
-        return x.astype(jnp.float32)
+        x = self.normalize(self.activate(self.pool(self.conv1(x))))
+        x = self.normalize(self.average(self.activate(self.conv2(x))))
+        x = self.average(self.activate(self.conv3(x)))
+        return self.fc10(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """The activation that is compared."""
+        return ACTIVATIONS[self.activation](x)
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Response normalisation across maps; the source divides its scale by the size of the window."""
+        return ops.local_response_normalization(x, k=1.0, n=3, alpha=5e-5 / 3, beta=0.75) if self.lrn else x
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """Max-pooling."""
+        return ops.max_pool(x, 3, 2)
+
+    def average(self, x: jax.Array) -> jax.Array:
+        """Average-pooling."""
+        return ops.avg_pool(x, 3, 2)
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
         check_name("model.activation", self.activation, ACTIVATIONS)
-        check_name("model.dtype", self.dtype, ("float32", "bfloat16"))
         if self.towers != 1:
             raise UserError(f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
-        check_ranges(vars(self), {"num_classes": (2, 1 << 20)}, "model.")
         check_ranges({"crop": image_size}, {"crop": (12, 4096)}, "input.")  # the third pooling needs its 3 pixels

@@ -9,7 +9,25 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+# Processes that tests start import from the same folders. Their code is optimised less, as is that of the tests: it
+# compiles in half of the time, and the networks of the tests are small.
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="of the selected tests, every Nth one from number K on")
+
+
+def pytest_collection_modifyitems(config, items):
+    if part := config.getoption("part"):
+        first, step = map(int, part.split("/"))
+        selected = [item for item in items if item.get_closest_marker("slow")]
+        kept = selected[first % step :: step]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from datasets import prepared
+
 LABELS = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent / "datasets/imagenet2012"
 
 
@@ -52,6 +54,29 @@ def make_folder(
             number = i + 1_000_000 * (sorted(splits).index(split))
             (root / split / name / f"{i:04d}.jpg").write_bytes(encoded(picture(name, number, size)))
     return root
+
+
+def prepare_folder(path: pathlib.Path, train: int, test: int, size: int) -> prepared.Records:
+    """Prepares a folder of three classes, path/photos, in path/data, and opens it."""
+    make_folder(path / "photos", {"train": train, "test": test}, classes=("a", "b", "c"), size=(100, 90))
+    return prepared.Records.open(prepared.prepare(str(path / "photos"), data_dir=str(path / "data"), size=size))
+
+
+def stored(records: prepared.Records, split: str) -> dict[str, tuple[bytes, int]]:
+    """The examples of a split as TFDS reads them, in the order of storage: file name → (encoded image, label)."""
+    import tensorflow_datasets as tfds
+
+    examples = tfds.builder_from_directory(records.directory).as_dataset(
+        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    found = [(os.fsdecode(e["file_name"]), (e["image"], int(e["label"]))) for e in examples.as_numpy_iterator()]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def decoded(file: bytes) -> np.ndarray:
+    """The pixels of an image file, as Pillow reads them."""
+    return np.asarray(Image.open(io.BytesIO(file)))
 
 
 def make_miniature_imagenet(

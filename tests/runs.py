@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import multiprocessing.reduction
+import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -55,24 +58,99 @@ def command(folder, workdir, *arguments, devices=2, cache="cache"):
     ]
 
 
+# A start of Python that imports JAX and TensorFlow takes five seconds. So a server imports them once, and each run is a
+# process of its own that the server forks. It runs the same `main.py`, from the parsing of the flags to its exit code.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["preload"])
+
+
+def _main(arguments, out, err, folder):
+    os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+    os.chdir(folder)
+    sys.argv = arguments
+    import main
+    from common import cli
+
+    try:
+        cli.run(main.main)
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+
+
+class Forked:
+    """A run of main.py in a forked process, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, arguments, out, err):
+        self._process = _context.Process(target=_main, args=(arguments, out, err, os.getcwd()))
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def send_signal(self, number):
+        """Sends a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=300):
+        """Returns the exit code; minus the number of the signal for a killed process."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "it does not end"
+        return self._process.exitcode
+
+    returncode = property(wait)
+
+
 def run(*args, expect=0, prefix=(), env=None, cwd=None, **options):
-    """Runs to the end; `prefix` stands before the command."""
-    done = subprocess.run(
-        [*prefix, *command(*args, **options)], capture_output=True, text=True, timeout=300, env=env, cwd=cwd
-    )
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    """Runs to the end; `prefix` stands before the command. With one, or with `env` or `cwd`, Python starts anew."""
+    arguments = command(*args, **options)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if prefix or env or cwd:
+            code = subprocess.run(
+                [*prefix, *arguments], stdout=out, stderr=err, timeout=300, env=env, cwd=cwd
+            ).returncode
+        else:
+            code = Forked(arguments[1:], _Descriptor(out), _Descriptor(err)).wait()
+        out.seek(0), err.seek(0)
+        done = subprocess.CompletedProcess(arguments, code, out.read(), err.read())
+    assert code == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
 
+class _Descriptor:
+    """An open file that can be passed to a forked process."""
+
+    def __init__(self, file):
+        self._descriptor = file if isinstance(file, int) else file.fileno()
+
+    def __getstate__(self):
+        return multiprocessing.reduction.DupFd(self._descriptor)
+
+    def __setstate__(self, passed):
+        self._descriptor = passed.detach()
+
+    def fileno(self):
+        """The number of the descriptor."""
+        return self._descriptor
+
+
 @contextlib.contextmanager
-def start(*args, env=None, **options):
-    """A run under way, killed at the end; stdout is a pipe, to be read with `until`, and stderr comes with it."""
+def start(*args, env=None, fresh=False, **options):
+    """A run under way, killed at the end; stdout is a pipe, to be read with `until`, and stderr comes with it.
+
+    With `env` or `fresh`, Python starts anew.
+    """
     arguments = command(*args, **options)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+    readable, writable = os.pipe()
+    with os.fdopen(readable) as said:
+        if fresh or env:
+            process = subprocess.Popen(arguments, stdout=writable, stderr=writable, env=env)
+        else:
+            process = Forked(arguments[1:], _Descriptor(writable), _Descriptor(writable))
+        os.close(writable)
+        process.stdout = said
         try:
             yield process
         finally:
             process.kill()
+            process.wait(60)
 
 
 def until(process, step):

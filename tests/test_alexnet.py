@@ -12,7 +12,7 @@ import recipes
 import reference
 import update
 from configs import alexnet
-from errors import UserError
+from common.errors import UserError
 from models.alexnet import LAYERS
 
 

@@ -19,7 +19,7 @@ import recipes
 import runs
 from benchmarks import end_to_end, input, layers, measure, start, step
 from configs import alexnet as alexnet_recipe
-from errors import UserError
+from common.errors import UserError
 from models import alexnet
 
 CANDIDATES = {"records", "raw", "to_record", "prepare", "pil", "from_photographs"}

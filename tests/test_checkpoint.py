@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import checkpoint
-from errors import UserError
+from common.errors import UserError
 
 # Of TensorStore's threads, which outlive a failed reading; `cli` keeps them from the user.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

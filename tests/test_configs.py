@@ -18,16 +18,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import cli
+from common import cli
 import data
 import optimizer
 import recipes
 import runs
-import train
 import update
-import workdirs
+from run import schema, setup, workdirs
 from configs import alexnet
-from errors import UserError
+from common.errors import UserError
 from models.alexnet import LAYERS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -41,9 +40,10 @@ sys.path.insert(0, os.path.dirname(command[0]))
 import main, checkpoint, train
 import tensorflow, tensorflow_datasets
 from configs import alexnet
-from datasets import records, sources
+from datasets import prepared, sources
+from run import setup
 
-train.state_shapes(alexnet.get_config())  # warms JAX's caches, and starts no device
+setup.state_shapes(alexnet.get_config())  # warms JAX's caches, and starts no device
 gc.freeze()
 sysconf, opened, memory = os.sysconf, checkpoint.Checkpoints, {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 << 20}
 os.sysconf = lambda name: memory[name] if name in memory else sysconf(name)
@@ -271,7 +271,7 @@ LITERALS = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=7).map(tuple),
     max_leaves=12,
 )
-SECTIONS = list(cli.field_names(alexnet.get_config()))
+SECTIONS = [name for name, _ in cli.field_names(alexnet.get_config())]
 NAMES = (
     st.sampled_from(SECTIONS)
     | st.builds(
@@ -352,7 +352,7 @@ def test_any_config_file_of_a_workdir_is_read_or_refused(tmp_path, content):
     with contextlib.suppress(UserError):
         config = workdirs.read_config(tmp_path)
         assert isinstance(config, ml_collections.ConfigDict)
-        assert isinstance(train.state_shapes(config), update.State)
+        assert isinstance(setup.state_shapes(config), update.State)
 
 
 def test_data_without_a_name_are_refused(command_line):
@@ -369,7 +369,7 @@ def test_views_of_any_size_are_refused_or_go_through(recipe):
     for size in (*range(1, 20), *range(45, 60), 4096):
         config.input.crop = size
         try:
-            assert train.state_shapes(config).params
+            assert setup.state_shapes(config).params
         except UserError as error:
             assert f"input.crop={size} " in str(error) and size < 52, error
 
@@ -417,7 +417,7 @@ def test_a_recipe_is_checked_like_a_command_line(name, value, says):
     else:
         place[field] = value
     with pytest.raises(UserError, match=says):
-        train.validate(ml_collections.ConfigDict(config))
+        schema.validate(ml_collections.ConfigDict(config))
 
 
 def test_the_recipes_are_in_order():
@@ -425,7 +425,7 @@ def test_the_recipes_are_in_order():
         get_config = importlib.import_module(f"configs.{file.stem}").get_config
         variants = re.findall(r'variant == "(\w+)"', file.read_text()) + ["tanh"] * (file.stem == "cifar10")
         for arguments in ((), *((variant,) for variant in variants)):
-            train.state_shapes(get_config(*arguments))
+            setup.state_shapes(get_config(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -489,14 +489,14 @@ def test_what_no_memory_can_hold_is_refused(machine, field, value):
     """The paper's network fits into 4 GB; its parameters, velocity and gradients alone are 3 × 4 × 60,965,224 bytes."""
     config = alexnet.get_config()
     machine(4 << 30)
-    train.check_memory(config, train.state_shapes(config))
+    setup.check_memory(config, setup.state_shapes(config))
     machine(12 * 60_965_224)
     with pytest.raises(UserError, match="needs at least"):
-        train.check_memory(config, train.state_shapes(config))
+        setup.check_memory(config, setup.state_shapes(config))
     config.update_from_flattened_dict({"input.resize": 4096, field: value})
     machine(24 << 30)
     with pytest.raises(UserError, match=re.escape(f"{field}={value}")):
-        train.check_memory(config, train.state_shapes(config))
+        setup.check_memory(config, setup.state_shapes(config))
 
 
 def test_a_start_counts_the_memory(command_line):
@@ -509,7 +509,7 @@ def test_what_fits_by_the_compilers_count_is_not_refused(machine):
     """XLA's own count of the memory of a gradient, for a batch whose maps outweigh the parameters."""
     config = recipes.narrow()
     config.update(batch_size=256, eval_batch_size=1)
-    shapes, network = train.state_shapes(config), update.build_network(config)
+    shapes, network = setup.state_shapes(config), update.build_network(config)
 
     def loss(params, images):
         return network.apply({"params": params}, images.astype(jnp.float32), train=True, rngs={"dropout": key}).sum()
@@ -519,37 +519,36 @@ def test_what_fits_by_the_compilers_count_is_not_refused(machine):
     counted = jax.jit(jax.grad(loss)).lower(shapes.params, images).compile().memory_analysis()
     total = counted.temp_size_in_bytes + counted.argument_size_in_bytes + counted.output_size_in_bytes
     machine(total)
-    train.check_memory(config, shapes)
+    setup.check_memory(config, shapes)
     machine(total // 8)
     with pytest.raises(UserError, match="batch_size=256"):
-        train.check_memory(config, shapes)
+        setup.check_memory(config, shapes)
 
 
 def test_more_steps_than_can_be_counted_are_refused():
     config = alexnet.get_config()
     config.update(num_epochs=1e6, batch_size=1)
     with pytest.raises(UserError, match=r"num_epochs=1000000\.0 makes 1,281,167,000,000 steps of batch_size=1"):
-        train.Durations.of(config, 1_281_167)
+        schema.Durations.of(config, 1_281_167)
     config.num_steps = 10
     config.checkpoint_every.epochs = 2000.0
     with pytest.raises(UserError, match=r"checkpoint_every\.epochs=2000\.0 makes 2,562,334,000 steps"):
-        train.Durations.of(config, 1_281_167)
+        schema.Durations.of(config, 1_281_167)
     config.checkpoint_every.epochs = 1676.0
-    assert train.Durations.of(config, 1_281_167).checkpoint_every == 2_147_235_892
+    assert schema.Durations.of(config, 1_281_167).checkpoint_every == 2_147_235_892
 
 
 def test_a_factor_beyond_the_last_step_that_can_be_counted_never_comes():
     config = alexnet.get_config()
     config.schedule.update(name="steps", factors=((1.0, 0.1), (1e6, 0.0)))
-    rates = optimizer.Rates(config.optimizer, config.schedule, 1e5)
-    last = train.MAX_STEPS - 1  # the number of updates before the last one
-    assert [float(rates.factor(jnp.int32(step))) for step in (0, last)] == [1.0, pytest.approx(0.1)]
+    rate, last = optimizer.schedule(config, 1e5), optimizer.MAX_STEPS - 1  # the number of updates before the last one
+    assert [float(rate(jnp.int32(step))) for step in (0, last)] == pytest.approx([0.01, 0.001])
 
 
 def test_a_plateau_that_nothing_measures_is_refused():
     config = alexnet.get_config()
     config.eval_every.epochs = 0.0
     with pytest.raises(UserError, match=r"eval_every\.epochs and eval_every\.steps are both 0"):
-        train.validate(config)
+        schema.validate(config)
     config.schedule.name = "steps"
-    train.validate(config)
+    schema.validate(config)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import evaluate
-import optimizer
 import parallel
 import recipes
 import update
+import views
 
 SIZE, CROP, CLASSES = 12, 9, 7
 INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=0.5))
@@ -41,14 +41,14 @@ def batches(images, labels, size):
         yield {"image": images[picked], "label": labels[picked], "mask": mask}
 
 
-def expected(case, views):
+def expected(case, which):
     images, labels, mean, params = case
-    places = [(1, 1)] if views == "centre" else [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
+    places = [(1, 1)] if which == "centre" else [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
     total = 0
     for top, left in places:
         view = images[:, top : top + CROP, left : left + CROP].astype(np.float64) - mean[1 : 1 + CROP, 1 : 1 + CROP]
         view = view * INPUT.scale
-        for side in (view,) if views == "centre" else (view, view[:, :, ::-1]):
+        for side in (view,) if which == "centre" else (view, view[:, :, ::-1]):
             logits = side.reshape(len(side), -1) @ params["fc"]["kernel"].astype(np.float64) + params["fc"]["bias"]
             e = np.exp(logits - logits.max(1, keepdims=True))
             total = total + e / e.sum(1, keepdims=True)
@@ -63,14 +63,14 @@ def expected(case, views):
     }
 
 
-@pytest.mark.parametrize("views", evaluate.VIEWS)
+@pytest.mark.parametrize("which", views.VIEWS)
 @pytest.mark.parametrize(("devices", "size"), [(1, 7), (1, 64), (4, 16), (2, 50)])
-def test_every_example_counts_once(case, views, devices, size):
+def test_every_example_counts_once(case, which, devices, size):
     images, labels, mean, params = case
     layout = parallel.Layout(1, devices=jax.devices()[:devices])
-    step = evaluate.build(Pixels(), layout, mean, INPUT, views)
+    step = evaluate.build(Pixels(), layout, mean, INPUT, which)
     values = evaluate.run(step, layout.shard(params), batches(images, labels, size), layout)
-    for name, value in expected(case, views).items():
+    for name, value in expected(case, which).items():
         assert values[name] == pytest.approx(value, rel=1e-5), name
 
 
@@ -84,8 +84,7 @@ def test_two_towers_evaluate_as_one_device():
     for devices, per_network in ((1, 1), (4, 2)):
         layout = parallel.Layout(per_network, devices=jax.devices()[:devices])
         if params is None:
-            rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 1.0))
-            params = jax.device_get(update.init_state(config, rule)).params
+            params = jax.device_get(update.init_state(config)).params
         network = update.build_network(config, layout)
         step = evaluate.build(network, layout, recipes.mean_image(), config.input, "ten")
         seen.append(evaluate.run(step, layout.shard(params), batches(images, labels, 8), layout))
@@ -100,8 +99,3 @@ def test_a_network_that_says_nothing_is_never_right(case):
         step = evaluate.build(Pixels(), layout, mean, INPUT, "centre")
         values = evaluate.run(step, layout.shard(constant), batches(images, labels, 25), layout)
         assert values["top1_error"] == values["top5_error"] == 1
-
-
-def test_ten_views_are_the_papers():
-    assert evaluate.offsets(256, 224, "ten") == [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
-    assert evaluate.offsets(256, 224, "centre") == [(16, 16)]

@@ -1,14 +1,10 @@
-"""The stream is a function of (seed, place) and nothing else; views are crops; evaluation sees each example once."""
+"""The stream is a function of (seed, place) alone; views are crops; evaluation sees each example once."""
 
 import gc
-import io
 import itertools
-import json
 import os
 import pathlib
-import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -18,12 +14,12 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import data
 import input_pipeline
+from common.errors import UserError
 from configs import alexnet
-from errors import UserError
+from datasets import prepared
 
 TRAIN, TEST = 23, 13
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,20 +28,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Lossless records of 32 pixels."""
-    return prepared(tmp_path_factory.mktemp("small"), 32)
+    return data.prepare_folder(tmp_path_factory.mktemp("small"), TRAIN, TEST, size=32)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """JPEG records of 80 pixels."""
-    return prepared(tmp_path_factory.mktemp("large"), 80)
-
-
-def prepared(path, size):
-    data.make_folder(path / "photos", {"train": TRAIN, "test": TEST}, classes=("a", "b", "c"), size=(100, 90))
-    return input_pipeline.Records.open(
-        input_pipeline.prepare(str(path / "photos"), data_dir=str(path / "data"), size=size)
-    )
+    return data.prepare_folder(tmp_path_factory.mktemp("large"), TRAIN, TEST, size=80)
 
 
 def options(**changes):
@@ -62,7 +51,7 @@ def batches(records, count, split="train", batch_size=8, seed=3, **changes):
     keywords = {k: changes.pop(k) for k in list(changes) if k not in alexnet.get_config().input}
     section = options(**(dict(resize=records.image_size, crop=records.image_size - 13) | changes))
     stream = input_pipeline.train_batches(
-        records, split, input=section, batch_size=batch_size, seed=seed, **{"num_threads": 2} | keywords
+        records, split, options=section, batch_size=batch_size, seed=seed, **{"num_threads": 2} | keywords
     )
     found = list(itertools.islice(stream, count))
     stream.close()
@@ -71,12 +60,8 @@ def batches(records, count, split="train", batch_size=8, seed=3, **changes):
 
 def whole(records, split):
     """All images and labels of a split, in the order of storage, read by TFDS and decoded by Pillow."""
-    import tensorflow_datasets as tfds
-
-    undecoded = {"image": tfds.decode.SkipDecoding()}
-    examples = list(tfds.builder_from_directory(records.directory).as_dataset(split=split, decoders=undecoded))
-    images = [np.asarray(Image.open(io.BytesIO(e["image"].numpy()))) for e in examples]
-    return np.stack(images), np.array([int(e["label"]) for e in examples])
+    stored = list(data.stored(records, split).values())
+    return np.stack([data.decoded(image) for image, _ in stored]), np.array([label for _, label in stored])
 
 
 def assert_same(some, others):
@@ -148,9 +133,9 @@ def test_every_epoch_has_each_example_once(small, batch_size):
 def test_the_order_is_a_function_of_the_place(count, seed, start, lengths):
     parts, at = [], start
     for length in lengths:
-        parts.append(input_pipeline._example_numbers(count, seed, at + np.arange(length)))
+        parts.append(input_pipeline.example_numbers(count, seed, at + np.arange(length)))
         at += length
-    epochs = input_pipeline._example_numbers(count, seed, np.arange((at // count + 1) * count))
+    epochs = input_pipeline.example_numbers(count, seed, np.arange((at // count + 1) * count))
     np.testing.assert_array_equal(np.concatenate([*parts, []]), epochs[start:at])
     np.testing.assert_array_equal(
         np.sort(epochs.reshape(-1, count)), np.arange(count)[None].repeat(len(epochs) // count, 0)
@@ -158,7 +143,7 @@ def test_the_order_is_a_function_of_the_place(count, seed, start, lengths):
 
 
 def test_orders_are_uniform_over_epochs_and_over_seeds():
-    numbers = input_pipeline._example_numbers
+    numbers = input_pipeline.example_numbers
     for orders in (
         numbers(10, 0, np.arange(30_000)).reshape(-1, 10),
         np.stack([numbers(10, seed, np.arange(10)) for seed in range(3000)]),
@@ -175,7 +160,7 @@ def test_orders_are_uniform_over_epochs_and_over_seeds():
 def statistics(size=256):
     """Records without files, whose principal components are known."""
     components, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
-    return input_pipeline.Records(
+    return prepared.Records(
         directory=pathlib.Path("nowhere"),
         class_names=("a",),
         mean_image=np.zeros((size, size, 3), np.float32),
@@ -185,11 +170,11 @@ def statistics(size=256):
 
 
 def draw(count, seed=0, start=0, examples=1000, **changes):
-    return input_pipeline._draw(statistics(), options(**changes), examples, seed, start + np.arange(count))
+    return input_pipeline.draw_views(statistics(), options(**changes), examples, seed, start + np.arange(count))
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**64 - 1), start=st.integers(0, 10**12), cut=st.integers(0, 20))
+@given(seed=st.integers(0, 2**62), start=st.integers(0, 10**12), cut=st.integers(0, 20))
 def test_draws_are_a_function_of_the_place(seed, start, cut):
     pieces = [draw(n, seed, at) for n, at in ((cut, start), (20 - cut, start + cut)) if n]
     for together, apart in zip(draw(20, seed, start), map(np.concatenate, zip(*pieces, strict=True)), strict=True):
@@ -241,7 +226,8 @@ def test_lighting_ends_and_divides():
     _, _, shift, gain = draw(400, examples=100, lighting_until=2.0, lighting_divide=True, scale=0.5)
     assert (abs(shift[:200]).max(1) > 0).all()
     assert not shift[200:].any()
-    np.testing.assert_allclose(gain, np.where(np.arange(400) < 200, 0.5 / 1.1, 0.5), rtol=1e-6)
+    # `input.scale` is applied on the device.
+    np.testing.assert_allclose(gain, np.where(np.arange(400) < 200, 1 / 1.1, 1), rtol=1e-6)
     np.testing.assert_allclose(draw(5)[3], 1)
 
 
@@ -252,8 +238,8 @@ def test_views_are_crops_of_whole_records_mirrored_where_drawn(which, request):
     crop, seed = records.image_size - 13, 11
     section = options(resize=records.image_size, crop=crop)
     g = np.arange(40)
-    corner, reflect, shift, gain = input_pipeline._draw(records, section, TRAIN, seed, g)
-    numbers = input_pipeline._example_numbers(TRAIN, seed, g)
+    corner, reflect, shift, gain = input_pipeline.draw_views(records, section, TRAIN, seed, g)
+    numbers = input_pipeline.example_numbers(TRAIN, seed, g)
     joined = {
         k: np.concatenate([b[k] for b in batches(records, 5, seed=seed)]) for k in ("image", "label", "shift", "gain")
     }
@@ -312,38 +298,6 @@ def test_a_slice_trains_on_its_own_examples(small):
 # What can go wrong.
 
 
-def damaged(records, tmp_path, change):
-    """A copy of the records after `change` of the bytes of the training split."""
-    directory = tmp_path / "photos-32" / records.directory.name
-    shutil.copytree(records.directory, directory)
-    (file,) = directory.glob("*train*")
-    file.write_bytes(change(bytearray(file.read_bytes())))
-    return input_pipeline.Records.open(directory), file
-
-
-def test_a_file_cut_short_is_named(small, tmp_path):
-    for cut in (1, 10, 2000):
-        records, file = damaged(small, tmp_path / str(cut), lambda content, cut=cut: content[:-cut])
-        with pytest.raises(UserError) as error:
-            batches(records, 1)
-        assert str(file) in str(error.value)
-
-
-def test_a_damaged_record_names_its_folder(small, tmp_path):
-    at, size = small.index("train").rows[4, 1:]
-
-    def change(content):
-        content[at + 40 : at + size] = bytes(size - 40)
-        return content
-
-    records, file = damaged(small, tmp_path, change)
-    with pytest.raises(UserError) as error:
-        batches(records, 4)
-    assert str(file.parent) in str(error.value)
-    with pytest.raises(UserError):
-        list(input_pipeline.eval_batches(records, "train", batch_size=8))
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -363,220 +317,6 @@ def test_values_that_cannot_work_are_named(field, value):
     input_pipeline.validate(options())
     with pytest.raises(UserError, match=f"input.{field}={value!r}".replace("(", ".")):
         input_pipeline.validate(options(**{field: value}))
-
-
-def config_of(path, **dataset):
-    """The paper's recipe for what `prepared` made at `path`, with records of 32 pixels."""
-    config = alexnet.get_config()
-    places = dict(name=str(path / "photos"), data_dir=str(path / "data"), eval_split="test")
-    config.dataset.update(places | dataset)
-    config.input.update(resize=32, crop=28)
-    return config
-
-
-def test_opening_checks_both_splits(tmp_path):
-    data.make_folder(tmp_path / "photos", {"train": 2, "test": 1}, size=40)
-    config = config_of(tmp_path, eval_split="tests")
-    with pytest.raises(UserError, match=r"has no split 'tests': did you mean test\?"):
-        input_pipeline.open_records(config.dataset, config.input)
-    config.dataset.eval_split, config.dataset.train_split = "test", "train[:50%]"
-    assert input_pipeline.open_records(config.dataset, config.input).image_size == 32
-
-
-@pytest.mark.parametrize(
-    ("train_split", "eval_split", "shared"),
-    [
-        ("train", "test", 0),
-        ("train", "train", TRAIN),
-        ("train[:18]", "train[18:]", 0),
-        ("train[:18]", "train[15:]", 3),
-        ("train[15:]", "train[:18]", 3),
-        ("train[5:9]", "train", 4),
-        ("train[:50%]", "train[50%:]+test", 0),
-        ("train", "test+train[-2:]+train[-1:]", 2),
-    ],
-)
-def test_images_of_both_splits_are_counted(small, capsys, train_split, eval_split, shared):
-    config = config_of(small.directory.parents[3], train_split=train_split, eval_split=eval_split)
-    input_pipeline.open_records(config.dataset, config.input)
-    out, err = capsys.readouterr()
-    splits = f"eval_split={eval_split!r} are also in train_split={train_split!r}"
-    assert out == ""
-    assert err == (
-        f"warning: {shared} images of {splits}: errors measured on it will look too low.\n" if shared else ""
-    )
-
-
-def test_copies_of_training_images_are_told_to_those_who_use_both_splits(tmp_path, capsys):
-    folder = data.make_folder(tmp_path / "photos", {"train": 4, "validation": 2, "test": 2}, size=40)
-    shutil.copy(folder / "train/a/0002.jpg", folder / "test/b/copy.jpg")
-    sentence = (
-        "warning: 1 images of 'test' are also in 'train' (test/b/copy.jpg is train/a/0002.jpg): errors measured on it "
-        "will look too low.\n"
-    )
-    for eval_split, said in (
-        ("test", sentence),
-        ("test", sentence),
-        ("validation", ""),
-        ("validation+test[:1]", sentence),
-    ):
-        config = config_of(tmp_path, eval_split=eval_split)
-        input_pipeline.open_records(config.dataset, config.input)
-        assert capsys.readouterr().err == said, eval_split
-
-
-# A prepared set that is not as it was left.
-
-
-def npz(**arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def changed_statistics(**changes):
-    return lambda content: npz(**dict(np.load(io.BytesIO(content))) | changes)
-
-
-def changed_summary(**changes):
-    return lambda content: json.dumps(json.loads(content) | changes).encode()
-
-
-def replaced(old, new):
-    def change(content):
-        assert old in content
-        return content.replace(old, new)
-
-    return change
-
-
-def flipped(at, bits=255):
-    return lambda content: content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :]
-
-
-RECORDS = "records-train.tfrecord-00000-of-00001"
-DAMAGES = [
-    *[
-        (file, what)
-        for file in ("prepared.json", "statistics.npz", "features.json", "dataset_info.json")
-        for what in (
-            None,
-            lambda _: b"",
-            lambda _: b"{",
-            lambda _: b"3",
-            lambda _: b"\xff\xfe",
-            lambda content: content[: len(content) // 2],
-        )
-    ],
-    ("prepared.json", lambda _: b"[" * 100_000),
-    ("prepared.json", changed_summary(origin=3)),
-    ("prepared.json", changed_summary(examples=[])),
-    ("prepared.json", changed_summary(examples={"train": TRAIN, "test": "13"})),
-    ("prepared.json", changed_summary(unreadable=[{}])),
-    ("prepared.json", changed_summary(overlap={"test/train": 3})),
-    ("prepared.json", changed_summary(overlap={"test/train": "x"}, overlap_as={"test/train": [["a", "b"]]})),
-    ("prepared.json", changed_summary(overlap={"test/train": 1}, overlap_as={"test/train": [["a"]]})),
-    ("statistics.npz", changed_statistics(mean_image=np.zeros((31, 32, 3), np.float32))),
-    ("statistics.npz", changed_statistics(principal_std=np.zeros(3))),
-    ("statistics.npz", changed_statistics(principal_components=np.full((3, 3), np.nan, np.float32))),
-    ("statistics.npz", lambda _: npz(mean_image=np.zeros((32, 32, 3), np.float32))),
-    ("statistics.npz", flipped(3000)),
-    ("features.json", replaced(b'"32"', b'"33"')),
-    ("features.json", replaced(b'"numClasses": "3"', b'"numClasses": "2"')),
-    ("features.json", replaced(b'"label"', b'"lable"')),
-    ("dataset_info.json", replaced(b'"23"', b'"22"')),
-    ("dataset_info.json", replaced(b'"23"', b'"-1"')),
-    ("dataset_info.json", replaced(b'"train"', b'"tarin"')),
-    ("dataset_info.json", replaced(b'"records"', b'"../photos"')),
-    ("label.labels.txt", None),
-    ("label.labels.txt", lambda _: b"a\nb\n"),
-    ("label.labels.txt", lambda _: b"\xff"),
-    (RECORDS, None),
-    (RECORDS, lambda content: content[: int.from_bytes(content[:8], "little") + 16]),
-    (RECORDS, lambda content: content + content[: int.from_bytes(content[:8], "little") + 16]),
-    (RECORDS, flipped(0)),
-    (RECORDS, flipped(7)),
-    (RECORDS, lambda content: flipped(content.index(b"IDAT") + 100)(content)),
-]
-
-
-@pytest.mark.parametrize(("name", "change"), DAMAGES)
-def test_a_damaged_set_is_one_sentence_with_the_cure(small, tmp_path, name, change):
-    shutil.copytree(small.directory.parents[2], tmp_path / "data")
-    (file,) = (tmp_path / "data").rglob(name)
-    content = file.read_bytes()
-    file.unlink()
-    if change:
-        file.write_bytes(change(content))
-    config = config_of(small.directory.parents[3], data_dir=str(tmp_path / "data"))
-    with pytest.raises(UserError) as error:
-        records = input_pipeline.open_records(config.dataset, config.input)
-        list(input_pipeline.eval_batches(records, "train", batch_size=8))
-    sentence = str(error.value)
-    assert str(file.parent) in sentence
-    assert sentence.endswith(f"delete {file.parents[1]} and prepare the data set again.")
-    assert sentence.isprintable()
-
-
-def test_one_flipped_bit_of_a_jpeg_is_seen(large, tmp_path):
-    """Of nearly all of them a decoder makes another image, and does not complain."""
-    (file,) = large.directory.glob("*train*")
-    start = file.read_bytes().index(b"\xff\xd8")
-    end = file.read_bytes().index(b"\xff\xd9")
-    for at in range(start, end, (end - start) // 25):
-        records, _ = damaged(large, tmp_path / str(at), flipped(at, 1 << at % 8))
-        with pytest.raises(UserError, match=f"A record of {records.directory} is damaged; delete .* prepare"):
-            list(input_pipeline.eval_batches(records, "train", batch_size=8, num_threads=1))
-
-
-def changed_examples(small, tmp_path, change):
-    """A copy of the records after `change` of each example of the training split."""
-    import tensorflow as tf
-
-    directory = tmp_path / "photos-32" / small.directory.name
-    shutil.copytree(small.directory, directory)
-    files = tf.data.TFRecordDataset(directory / RECORDS).as_numpy_iterator()
-    examples = [tf.train.Example.FromString(example) for example in files]
-    with tf.io.TFRecordWriter(str(directory / RECORDS)) as file:
-        for number, example in enumerate(examples):
-            change(number, example.features.feature)
-            file.write(example.SerializeToString())
-    return input_pipeline.Records.open(directory)
-
-
-def test_a_changed_label_is_seen(small, tmp_path):
-    def change(number, feature):
-        if number == 5:
-            feature["label"].int64_list.value[0] ^= 1
-
-    with pytest.raises(UserError, match=r"is damaged"):
-        list(input_pipeline.eval_batches(changed_examples(small, tmp_path, change), "train", batch_size=4))
-
-
-def test_sets_of_earlier_versions_can_be_read(small, tmp_path):
-    def change(number, feature):
-        del feature["fingerprint"]
-
-    old = input_pipeline.eval_batches(changed_examples(small, tmp_path, change), "train", batch_size=4)
-    assert_same(list(old), list(input_pipeline.eval_batches(small, "train", batch_size=4)))
-
-
-@pytest.mark.parametrize("label", [-1, 3, 2**31 - 1])
-def test_a_label_that_is_none_is_named_where_it_is_read(small, tmp_path, label):
-    def change(number, feature):
-        del feature["fingerprint"]
-        if number == 5:
-            feature["label"].int64_list.value[0] = label
-
-    records = changed_examples(small, tmp_path, change)
-    directory = records.directory
-    expected = f"A record of {directory} has the label {label}, and the classes are 0 … 2; delete {directory.parent}"
-    for stream in (
-        input_pipeline.train_batches(records, "train", input=options(**PLAIN), batch_size=TRAIN, seed=0),
-        input_pipeline.eval_batches(records, "train", batch_size=4),
-    ):
-        with pytest.raises(UserError, match=re.escape(expected)):
-            list(itertools.islice(stream, TRAIN))
 
 
 # Resources.
@@ -606,16 +346,16 @@ def test_files_are_closed_when_a_stream_is_dropped(small):
 
 def test_memory_does_not_grow_with_the_stream(small):
     stream = input_pipeline.train_batches(
-        small, "train", input=options(resize=32, crop=28), batch_size=64, seed=0, num_threads=2
+        small, "train", options=options(resize=32, crop=28), batch_size=64, seed=0, num_threads=2
     )
-    for _ in range(30):
+    for _ in range(20):
         next(stream)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(300):
+    for _ in range(180):
         next(stream)
     stream.close()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 20, f"{grown:.0f} MiB more after 19,200 images"  # which are 45 MB of pixels
+    assert grown < 20, f"{grown:.0f} MiB more after 11,520 images"  # which are 27 MB of pixels
 
 
 def test_importing_the_pipeline_does_not_import_tensorflow():

@@ -216,7 +216,8 @@ def look():
 done = threading.Event()
 threading.Thread(target=look).start()
 sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
-import cli, main
+import main
+from common import cli
 try:
     sys.exit(cli.run(main.main))
 finally:

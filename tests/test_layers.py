@@ -1,155 +1,163 @@
-"""Each layer, forward and gradient, against NumPy in float64; and the fast forms against XLA's plain ones."""
+"""Each layer, plain and in every platform's form, forward and gradient, against NumPy in float64."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import reference
-from models import layers
+from models import cpu, layers, ops
+
+# A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
+FORMS = {"default": {}, **{name: {"cpu": module} for name, module in ops.PLATFORMS.items()}}
 
 
-def check(layer, expected, expected_gradient, *shapes, dtype=np.float32, tolerance=1e-5, values=None):
-    """Compares output and gradients of a layer with the reference's, relative to the largest value of each array."""
+def implementations():
+    """(name, module with the layers) of the plain functions and of each platform's forms, which `ops` has meanwhile."""
+    yield "plain", layers
+    for name, platforms in FORMS.items():
+        with mock.patch.object(ops, "PLATFORMS", platforms):
+            yield name, ops
+
+
+def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, tolerance=1e-5, **options):
+    """Compares layer `name` with the reference and with its plain form, relative to the largest value of each array.
+
+    Args:
+      arrays: inputs of the layer, or their shapes.
+      expected, expected_gradients: the reference, of float64 arrays, and of those and the gradient of the output.
+      options: of the layer, by name.
+    """
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(shape) for shape in shapes] if values is None else values
+    arrays = [rng.standard_normal(a) if isinstance(a, tuple) else a for a in arrays]
     arrays = [jnp.asarray(a, dtype) for a in arrays]  # rounded first, so that both sides see the same numbers
     wide = [np.asarray(a, np.float64) for a in arrays]
-
-    @jax.jit
-    def both(g, *arrays):
-        y, pull = jax.vjp(layer, *arrays)
-        return y, pull(g)
-
     y_expected = expected(*wide)
     g = jnp.asarray(rng.standard_normal(y_expected.shape), dtype)
-    y, gradients = both(g, *arrays)
-    expected_gradients = expected_gradient(*wide, np.asarray(g, np.float64))
-    if not isinstance(expected_gradients, tuple):
-        expected_gradients = (expected_gradients,)
-    assert y.dtype == dtype
-    assert all(d.dtype == dtype for d in gradients)
-    for one, other in zip((y, *gradients), (y_expected, *expected_gradients), strict=True):
-        assert one.shape == other.shape
-        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=tolerance * np.abs(other).max())
+    gradients = expected_gradients(*wide, np.asarray(g, np.float64))
+    wanted = (y_expected, *(gradients if isinstance(gradients, tuple) else (gradients,)))
+
+    @jax.jit
+    def all_forms(g, *arrays):
+        found = {}
+        for form, module in implementations():
+            y, pull = jax.vjp(functools.partial(getattr(module, name), **options), *arrays)
+            found[form] = (y, *pull(g))
+        return found
+
+    found = all_forms(g, *arrays)
+    for form, values in found.items():
+        for one, plain, other in zip(values, found["plain"], wanted, strict=True):
+            assert one.dtype == dtype
+            assert one.shape == other.shape
+            for theirs in (other, plain):
+                theirs = np.asarray(theirs, np.float64)
+                atol = tolerance * np.abs(theirs).max()
+                np.testing.assert_allclose(np.asarray(one, np.float64), theirs, rtol=0, atol=atol, err_msg=form)
 
 
-LRN = [
-    {"k": 2.0, "n": 5, "alpha": 1e-4, "beta": 0.75},
-    {"k": 1.0, "n": 3, "alpha": 0.5, "beta": 0.75},
-    {"k": 1.0, "n": 4, "alpha": 0.3, "beta": 0.5},  # an even window reaches one map further down than up
-    {"k": 0.5, "n": 1, "alpha": 0.2, "beta": 1.25},
-    {"k": 2.0, "n": 12, "alpha": 0.1, "beta": 0.75},  # wider than the maps
+def in_groups(layer, groups):
+    """A layer that sees each of some groups of maps alone."""
+
+    def apart(*arrays):
+        parts = zip(*(np.split(a, groups, axis=-1) for a in arrays), strict=True)
+        return np.concatenate([layer(*part) for part in parts], axis=-1)
+
+    return apart
+
+
+PAPER = {"k": 2.0, "n": 5, "alpha": 1e-4, "beta": 0.75}
+STRONG = {"k": 1.0, "n": 3, "alpha": 0.5, "beta": 0.75}
+LRN = [  # shape, groups, constants
+    ((2, 5, 3, 7), 1, PAPER),
+    ((4, 4, 4, 16), 2, PAPER),
+    ((3, 1, 1, 1), 1, STRONG),
+    ((2, 4, 3, 9), 3, STRONG),
+    ((2, 5, 3, 7), 1, {"k": 1.0, "n": 4, "alpha": 0.3, "beta": 0.5}),  # an even window reaches further down than up
+    ((2, 4, 3, 16), 2, {"k": 1.0, "n": 4, "alpha": 0.3, "beta": 0.5}),
+    ((2, 4, 3, 5), 5, {"k": 0.5, "n": 1, "alpha": 0.2, "beta": 1.25}),
+    ((2, 4, 3, 16), 2, {"k": 2.0, "n": 12, "alpha": 0.1, "beta": 0.75}),  # wider than the maps
 ]
 
 
-@pytest.mark.parametrize("constants", LRN)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (3, 1, 1, 1), (4, 4, 4, 16)])
-def test_local_response_normalization(constants, shape):
-    check(
-        functools.partial(layers.local_response_normalization, **constants),
-        functools.partial(reference.lrn, **constants),
-        functools.partial(reference.lrn_gradient, **constants),
-        shape,
-    )
+def check_lrn(array, groups, constants, **options):
+    expected = in_groups(functools.partial(reference.lrn, **constants), groups)
+    gradient = in_groups(functools.partial(reference.lrn_gradient, **constants), groups)
+    check("local_response_normalization", [array], expected, gradient, groups=groups, **constants, **options)
 
 
-@pytest.mark.parametrize("size,power", [(5, 0.75), (4, 0.75), (3, 0.5), (1, 1.0), (9, 0.75)])
-@pytest.mark.parametrize("shape", [(2, 7, 6, 3), (3, 2, 5, 1)])
-def test_spatial_response_normalization(size, power, shape):
-    constants = {"size": size, "scale": 0.2, "power": power, "constant": 1.5}
-    check(
-        functools.partial(layers.spatial_response_normalization, **constants),
-        functools.partial(reference.srn, **constants),
-        functools.partial(reference.srn_gradient, **constants),
-        shape,
-    )
+@pytest.mark.parametrize("shape,groups,constants", LRN)
+def test_local_response_normalization(shape, groups, constants):
+    check_lrn(shape, groups, constants)
 
 
 def test_normalization_of_large_values_in_many_chunks(monkeypatch):
     """Activations reach thousands early in training; and chunks of examples must not be seen."""
-    constants = LRN[0]
-    monkeypatch.setattr(layers, "_MAPS_BYTES", 2000)
-    values = [300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8))]
-    check(
-        functools.partial(layers.local_response_normalization, **constants),
-        functools.partial(reference.lrn, **constants),
-        functools.partial(reference.lrn_gradient, **constants),
-        values=values,
-    )
+    monkeypatch.setattr(cpu, "MAPS_BYTES", 2000)
+    check_lrn(300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8)), 1, PAPER)
 
 
-@pytest.mark.parametrize("constants", LRN)
-@pytest.mark.parametrize("groups,maps", [(2, 16), (3, 9), (5, 5)])
-def test_groups_of_maps_are_normalized_alone(constants, groups, maps):
-    def apart(layer):
-        def split(*arrays):
-            parts = zip(*(np.split(a, groups, axis=-1) for a in arrays), strict=True)
-            return np.concatenate([layer(*part, **constants) for part in parts], axis=-1)
-
-        return split
-
-    check(
-        functools.partial(layers.local_response_normalization, **constants, groups=groups),
-        apart(reference.lrn),
-        apart(reference.lrn_gradient),
-        (2, 4, 3, maps),
-    )
+@pytest.mark.parametrize("size,power,shape", [
+    (5, 0.75, (2, 7, 6, 3)), (4, 0.75, (2, 7, 6, 3)), (3, 0.5, (3, 2, 5, 1)), (1, 1.0, (2, 7, 6, 3)),
+    (9, 0.75, (3, 2, 5, 1)),
+])  # fmt: skip
+def test_spatial_response_normalization(size, power, shape):
+    constants = {"size": size, "scale": 0.2, "power": power, "constant": 1.5}
+    expected = functools.partial(reference.srn, **constants)
+    gradient = functools.partial(reference.srn_gradient, **constants)
+    check("spatial_response_normalization", [shape], expected, gradient, **constants)
 
 
-GEOMETRIES = [  # height, width, window, stride
-    (13, 13, 3, 2),
-    (12, 9, 3, 2),  # windows over the bottom edge only
-    (32, 8, 3, 2),
-    (8, 8, 2, 2),
-    (7, 9, 2, 2),
-    (9, 10, 3, 3),
-    (10, 11, 2, 3),
-    (11, 4, 1, 4),  # a last window that would lie outside
-    (6, 6, 6, 1),
-    (9, 9, 5, 2),
-    (9, 8, 4, 1),
-    (5, 5, 1, 1),
-    (10, 7, 7, 3),
+WINDOWS = [  # bytes of a chunk, height, width, window, stride
+    (8 << 20, 13, 13, 3, 2),
+    (1, 12, 9, 3, 2),  # windows over the bottom edge only
+    (8 << 20, 32, 8, 3, 2),
+    (1, 8, 8, 2, 2),
+    (8 << 20, 7, 9, 2, 2),
+    (1, 9, 10, 3, 3),
+    (8 << 20, 10, 11, 2, 3),
+    (1, 11, 4, 1, 4),  # a last window that would lie outside
+    (8 << 20, 6, 6, 6, 1),
+    (1, 9, 9, 5, 2),
+    (8 << 20, 9, 8, 4, 1),
+    (1, 5, 5, 1, 1),
+    (8 << 20, 10, 7, 7, 3),
 ]
 
 
-@pytest.mark.parametrize("height,width,window,stride", GEOMETRIES)
-@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
-@pytest.mark.parametrize("chunk_bytes", [8 << 20, 1], ids=["one chunk", "an example at a time"])
-def test_pooling(monkeypatch, chunk_bytes, name, height, width, window, stride):
-    monkeypatch.setattr(layers, "_MAPS_BYTES", chunk_bytes)
-    rng = np.random.default_rng(0)
-    shape = (2, height, width, 3)
-    check(
-        lambda x: getattr(layers, name)(x, window, stride),
-        lambda x: getattr(reference, name)(x, window, stride),
-        lambda x, g: getattr(reference, f"{name}_gradient")(x, g, window, stride),
-        # In whole numbers from −1 to 1 most windows have several maxima, of which the first gets the gradient.
-        values=[np.concatenate([rng.standard_normal(shape), rng.integers(-1, 2, shape)])],
-    )
+def check_pool(name, array, window, stride, **options):
+    def expected(x):
+        return getattr(reference, name)(x, window, stride)
+
+    def gradient(x, g):
+        return getattr(reference, f"{name}_gradient")(x, g, window, stride)
+
+    check(name, [array], expected, gradient, window=window, stride=stride, **options)
 
 
-def test_max_pool_is_xlas():
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 27, 27, 4)), jnp.float32)
+@pytest.mark.parametrize("chunk_bytes,height,width,window,stride", WINDOWS)
+def test_max_pool(monkeypatch, chunk_bytes, height, width, window, stride):
+    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
+    rng, shape = np.random.default_rng(0), (2, height, width, 3)
+    # In whole numbers from −1 to 1 most windows have several maxima, of which the first gets the gradient.
+    values = np.concatenate([rng.standard_normal(shape), rng.integers(-1, 2, shape)])
+    check_pool("max_pool", values, window, stride)
 
-    def plain(x):
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
-    np.testing.assert_array_equal(layers.max_pool(x, 3, 2), plain(x))
-    gradients = [
-        jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (plain, lambda x: layers.max_pool(x, 3, 2))
-    ]
-    np.testing.assert_allclose(*gradients, atol=1e-6)
+@pytest.mark.parametrize("height,width,window,stride", [row[1:] for row in WINDOWS])
+def test_avg_pool(height, width, window, stride):
+    check_pool("avg_pool", (2, height, width, 3), window, stride)
 
 
 def test_max_pool_keeps_nan():
     x = jnp.ones((1, 5, 5, 1)).at[0, 1, 1, 0].set(jnp.nan)
-    np.testing.assert_array_equal(jnp.isnan(layers.max_pool(x, 3, 2)).ravel(), [True, False, False, False])
+    for form, module in implementations():
+        found = jnp.isnan(module.max_pool(x, 3, 2)).ravel()
+        np.testing.assert_array_equal(found, [True, False, False, False], err_msg=form)
 
 
 @pytest.mark.parametrize("size,window,stride,expected", [
@@ -160,108 +168,56 @@ def test_output_size(size, window, stride, expected):
     assert layers.output_size(size, window, stride) == expected
 
 
-CONVOLUTIONS = [  # bytes of patches in a chunk, batch, height, width, channels, kernel, features, stride, padding
-    (40_000, 2, 64, 67, 3, 11, 8, 4, ((0, 3), (0, 0))),
-    (1, 6, 23, 27, 3, 11, 4, 4, ((0, 0), (0, 0))),
-    (40_000, 3, 9, 9, 4, 5, 6, 1, ((2, 2), (2, 2))),
-    (1, 5, 6, 7, 4, 3, 5, 1, ((1, 1), (1, 1))),
-    (40_000, 2, 9, 8, 2, 3, 5, 2, ((1, 0), (0, 2))),
-    (1 << 24, 2, 7, 8, 3, 1, 4, 3, ((0, 0), (0, 0))),
-    (40_000, 2, 8, 10, 3, 2, 4, 3, ((0, 0), (1, 0))),
-    (1, 1, 5, 5, 1, 5, 1, 1, ((0, 0), (0, 0))),
-    (40_000, 7, 20, 20, 3, 8, 4, 4, ((2, 2), (2, 2))),
+CONVOLUTIONS = [  # bytes of patches in a chunk, shape of the maps, of the kernel, stride, padding
+    (10 << 20, (3, 224, 224, 3), (11, 11, 3, 8), 4, ((0, 3), (0, 3))),  # the network's first layer
+    (40_000, (2, 64, 67, 3), (11, 11, 3, 8), 4, ((0, 3), (0, 0))),
+    (1, (6, 23, 27, 3), (11, 11, 3, 4), 4, ((0, 0), (0, 0))),
+    (40_000, (3, 9, 9, 4), (5, 5, 4, 6), 1, ((2, 2), (2, 2))),
+    (1, (5, 6, 7, 4), (3, 3, 4, 5), 1, ((1, 1), (1, 1))),
+    (40_000, (2, 9, 8, 2), (3, 3, 2, 5), 2, ((1, 0), (0, 2))),
+    (1 << 24, (2, 7, 8, 3), (1, 1, 3, 4), 3, "VALID"),
+    (40_000, (2, 8, 10, 3), (2, 2, 3, 4), 3, ((0, 0), (1, 0))),
+    (1, (1, 5, 5, 1), (5, 5, 1, 1), 1, "VALID"),
+    (40_000, (7, 20, 20, 3), (8, 8, 3, 4), 4, ((2, 2), (2, 2))),
+    (40_000, (2, 8, 8, 3), (5, 2, 3, 4), 2, "VALID"),  # a kernel that is not square
+    (40_000, (2, 6, 9, 3), (5, 2, 3, 4), 2, "VALID"),
 ]
 
 
-@pytest.mark.parametrize("chunk_bytes,n,height,width,channels,window,features,stride,padding", CONVOLUTIONS)
-def test_conv(monkeypatch, chunk_bytes, n, height, width, channels, window, features, stride, padding):
-    monkeypatch.setattr(layers, "_PATCHES_BYTES", chunk_bytes)
+def check_conv(x, kernel, stride, padding, **options):
+    pixels = ((0, 0), (0, 0)) if padding == "VALID" else padding
 
     def expected(x, kernel):
-        return reference.conv(x, kernel, 0, stride, padding)
+        return reference.conv(x, kernel, 0, stride, pixels)
 
-    def expected_gradient(x, kernel, g):
-        return reference.conv_gradient(x, kernel, g, stride, padding)[:2]
+    def gradient(x, kernel, g):
+        return reference.conv_gradient(x, kernel, g, stride, pixels)[:2]
 
-    check(
-        lambda x, kernel: layers.conv(x, kernel, stride=stride, padding=padding),
-        expected,
-        expected_gradient,
-        (n, height, width, channels),
-        (window, window, channels, features),
-    )
+    check("conv", [x, kernel], expected, gradient, stride=stride, padding=padding, **options)
 
 
-def test_conv_by_patches_is_xlas_on_the_networks_first_layer():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((3, 224, 224, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((11, 11, 3, 8)), jnp.float32)
-    padding = ((0, 3), (0, 3))
-
-    def plain(x, kernel):
-        return lax.conv_general_dilated(x, kernel, (4, 4), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def fast(x, kernel):
-        return layers.conv(x, kernel, stride=4, padding=padding)
-
-    y, pull = jax.vjp(plain, x, kernel)
-    y_fast, pull_fast = jax.vjp(fast, x, kernel)
-    assert y_fast.shape == (3, 55, 55, 8)
-    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
-    for one, other in zip((y_fast, *pull_fast(g)), (y, *pull(g)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+@pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
+def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
+    monkeypatch.setattr(cpu, "PATCHES_BYTES", chunk_bytes)
+    check_conv(x, kernel, stride, padding)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (6, 9)])
-def test_kernel_other_than_square(size):
-    check(
-        lambda x, kernel: layers.conv(x, kernel, stride=2),
-        lambda x, kernel: reference.conv(x, kernel, 0, 2, ((0, 0), (0, 0))),
-        lambda x, kernel, g: reference.conv_gradient(x, kernel, g, 2, ((0, 0), (0, 0)))[:2],
-        (2, *size, 3),
-        (5, 2, 3, 4),
-    )
+def test_layers_in_bfloat16():
+    options = {"dtype": jnp.bfloat16, "tolerance": 0.02}
+    check_lrn((4, 5, 5, 8), 2, STRONG, **options)
+    check_pool("max_pool", (2, 8, 9, 3), 3, 2, **options)
+    check_pool("avg_pool", (2, 8, 9, 3), 3, 2, **options)
+    for stride in (1, 2):
+        check_conv((4, 9, 9, 3), (3, 3, 3, 8), stride, "VALID", **options)
 
 
 def stack(x, kernel):
     """Every layer once, as a scalar."""
-    y = layers.conv(x, kernel, stride=2, padding=((0, 1), (0, 1)))
-    y = layers.local_response_normalization(y, **LRN[1])
-    y = layers.conv(layers.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 4, 1)), padding=((1, 1), (1, 1)))
-    y = layers.spatial_response_normalization(y, size=3, scale=0.1, power=0.75)
-    return jnp.sum(jnp.square(layers.avg_pool(y, 2, 2).astype(jnp.float32)))
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
-def test_layers_in_bfloat16(dtype, tolerance):
-    lrn, pool = LRN[1], (3, 2)
-    check(
-        functools.partial(layers.local_response_normalization, **lrn),
-        functools.partial(reference.lrn, **lrn),
-        functools.partial(reference.lrn_gradient, **lrn),
-        (4, 5, 5, 8),
-        dtype=dtype,
-        tolerance=tolerance,
-    )
-    for name in ("max_pool", "avg_pool"):
-        check(
-            lambda x, name=name: getattr(layers, name)(x, *pool),
-            lambda x, name=name: getattr(reference, name)(x, *pool),
-            lambda x, g, name=name: getattr(reference, f"{name}_gradient")(x, g, *pool),
-            (2, 8, 9, 3),
-            dtype=dtype,
-            tolerance=tolerance,
-        )
-    for stride in (1, 2):
-        check(
-            lambda x, kernel, stride=stride: layers.conv(x, kernel, stride=stride),
-            lambda x, kernel, stride=stride: reference.conv(x, kernel, 0, stride, ((0, 0), (0, 0))),
-            lambda x, kernel, g, stride=stride: reference.conv_gradient(x, kernel, g, stride, ((0, 0), (0, 0)))[:2],
-            (4, 9, 9, 3),
-            (3, 3, 3, 8),
-            dtype=dtype,
-            tolerance=tolerance,
-        )
+    y = ops.conv(x, kernel, stride=2, padding=((0, 1), (0, 1)))
+    y = ops.local_response_normalization(y, **STRONG)
+    y = ops.conv(ops.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 4, 1)), padding=((1, 1), (1, 1)))
+    y = ops.spatial_response_normalization(y, size=3, scale=0.1, power=0.75)
+    return jnp.sum(jnp.square(ops.avg_pool(y, 2, 2).astype(jnp.float32)))
 
 
 @pytest.mark.parametrize("transform", ["pmap", "shard_map"])
@@ -272,7 +228,7 @@ def test_gradients_on_several_devices(transform):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2 * devices, 17, 17, 3)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((5, 5, 3, 4)), jnp.float32)
-    value, gradients = jax.value_and_grad(stack, (0, 1))(x, kernel)
+    value, gradients = jax.jit(jax.value_and_grad(stack, (0, 1)))(x, kernel)
     if transform == "pmap":
         parts = x.reshape(devices, 2, *x.shape[1:])
         values, (dx, dkernel) = jax.pmap(jax.value_and_grad(stack, (0, 1)), in_axes=(0, None))(parts, kernel)
@@ -291,20 +247,20 @@ def test_gradients_on_several_devices(transform):
 
 
 def gradient_of_normalization(x, kernel):
-    return jax.vjp(lambda x: layers.local_response_normalization(x, **LRN[0]), x)[1](x)[0]
+    return jax.vjp(lambda x: ops.local_response_normalization(x, **PAPER), x)[1](x)[0]
 
 
 @pytest.mark.parametrize("layer,fast", [
-    (lambda x, kernel: layers.conv(x, kernel, stride=2), "stride = [2, 1]"),
-    (lambda x, kernel: jax.vjp(lambda k: layers.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0], "stablehlo.while"),
-    (lambda x, kernel: layers.local_response_normalization(x, **LRN[0]), "stablehlo.dot"),
+    (lambda x, kernel: ops.conv(x, kernel, stride=2), "stride = [2, 1]"),
+    (lambda x, kernel: jax.vjp(lambda k: ops.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0], "stablehlo.while"),
+    (lambda x, kernel: ops.local_response_normalization(x, **PAPER), "stablehlo.dot"),
     (gradient_of_normalization, "stablehlo.dot"),
-    (lambda x, kernel: jax.vjp(lambda x: layers.max_pool(x, 3, 2), x)[0], "stablehlo.while"),
+    (lambda x, kernel: jax.vjp(lambda x: ops.max_pool(x, 3, 2), x)[0], "stablehlo.while"),
 ])  # fmt: skip
-def test_other_platforms_get_plain_forms(monkeypatch, layer, fast):
+def test_other_platforms_get_other_forms(monkeypatch, layer, fast):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
-    monkeypatch.setattr(layers, "_PATCHES_BYTES", 1)
-    monkeypatch.setattr(layers, "_MAPS_BYTES", 1)
+    monkeypatch.setattr(cpu, "PATCHES_BYTES", 1)
+    monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
     found = {
         platform: fast in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")
@@ -314,32 +270,28 @@ def test_other_platforms_get_plain_forms(monkeypatch, layer, fast):
 
 def test_memory_of_the_first_layer():
     """The patches of a batch of 128 would fill a gigabyte; chunks of it do not."""
-    x, kernel = (
-        jax.ShapeDtypeStruct((128, 224, 224, 3), jnp.float32),
-        jax.ShapeDtypeStruct((11, 11, 3, 96), jnp.float32),
-    )
+    x = jax.ShapeDtypeStruct((128, 224, 224, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((11, 11, 3, 96), jnp.float32)
 
     def loss(kernel, x):
-        return jnp.sum(jnp.square(layers.conv(x, kernel, stride=4, padding=((0, 3), (0, 3)))))
+        return jnp.sum(jnp.square(ops.conv(x, kernel, stride=4, padding=((0, 3), (0, 3)))))
 
     memory = jax.jit(jax.grad(loss)).lower(kernel, x).compile().memory_analysis()
     output = 128 * 55 * 55 * 96 * 4
     assert memory.temp_size_in_bytes < 2 * output + (128 << 20)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: layers.max_pool(jnp.ones((1, 4, 5, 1)), 5, 2), "a window of 5 does not fit into 4 pixels"),
-    (lambda: layers.avg_pool(jnp.ones((1, 5, 4, 1)), 5, 2), "a window of 5 does not fit into 4 pixels"),
-    (lambda: layers.max_pool(jnp.ones((1, 4, 5, 1)), 2, 0), "stride=0"),
-    (lambda: layers.conv(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 3))), "a window of 5 does not fit into 4 pixels"),
-    (lambda: layers.conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 3))), "1 channels cannot convolve maps of 2"),
-    (lambda: layers.local_response_normalization(jnp.ones((1, 1, 1, 2)), k=1, n=0, alpha=1, beta=1), "n=0"),
-    (
-        lambda: layers.local_response_normalization(jnp.ones((1, 1, 1, 3)), k=1, n=1, alpha=1, beta=1, groups=2),
-        "3 maps cannot be groups=2 equal groups",
-    ),
-    (lambda: layers.spatial_response_normalization(jnp.ones((1, 1, 1, 2)), size=0, scale=1, power=1), "size=0"),
+@pytest.mark.parametrize("module", [layers, ops])
+@pytest.mark.parametrize("name,shapes,options,message", [
+    ("max_pool", [(1, 4, 5, 1)], {"window": 5, "stride": 2}, "a window of 5 does not fit into 4 pixels"),
+    ("avg_pool", [(1, 5, 4, 1)], {"window": 5, "stride": 2}, "a window of 5 does not fit into 4 pixels"),
+    ("max_pool", [(1, 4, 5, 1)], {"window": 2, "stride": 0}, "stride=0"),
+    ("conv", [(1, 4, 4, 2), (5, 5, 2, 3)], {}, "a window of 5 does not fit into 4 pixels"),
+    ("conv", [(1, 4, 4, 2), (3, 3, 1, 3)], {}, "1 channels cannot convolve maps of 2"),
+    ("local_response_normalization", [(1, 1, 1, 2)], PAPER | {"n": 0}, "n=0"),
+    ("local_response_normalization", [(1, 1, 1, 3)], PAPER | {"groups": 2}, "3 maps cannot be groups=2 equal groups"),
+    ("spatial_response_normalization", [(1, 1, 1, 2)], {"size": 0, "scale": 1, "power": 1}, "size=0"),
 ])  # fmt: skip
-def test_impossible_geometry_is_named(call, message):
+def test_impossible_geometry_is_named(module, name, shapes, options, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        getattr(module, name)(*map(jnp.ones, shapes), **options)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import metrics
+from run import metrics
 
 
 def test_meter_times_steps_and_waits():

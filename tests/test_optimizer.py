@@ -7,7 +7,7 @@ import pytest
 
 import optimizer
 from configs import alexnet, alexnet_2012
-from errors import UserError
+from common.errors import UserError
 
 
 def trees(seed=0):
@@ -26,15 +26,15 @@ def test_rule_is_the_papers():
     """v ← 0.9 v − 5e-4·ε·w − ε·g; w ← w + v, with ε changing on the way and no decay on biases."""
     config = alexnet.get_config()
     config.optimizer.bias_rate = 2.0
-    config.schedule.factors = ((2.0, 0.1),)
-    rates = optimizer.Rates(config.optimizer, config.schedule, steps_per_epoch=1.5)
-    rule = optimizer.build(config.optimizer, rates)
+    config.schedule.update(name="steps", factors=((2.0, 0.1),))
+    rule, rates = optimizer.build(config), optimizer.Rates(config, steps_per_epoch=1.5)
     params = as_float32(trees())
     state = rule.init(params)
     w, v = trees(), jax.tree.map(np.zeros_like, trees())
     for step in range(6):
         gradients = trees(step + 1)
-        updates, state = rule.update(as_float32(gradients), state, params, step=step, rate_factor=np.float32(0.5))
+        now = rates.tree(params, step, np.float32(0.5))
+        updates, state = rule.update(as_float32(gradients), state, params, rates=now)
         params = optax.apply_updates(params, updates)
         for layer in w:
             for kind in ("kernel", "bias"):
@@ -53,19 +53,62 @@ def test_rule_is_the_papers():
 def test_rates_of_2012(epoch, conv1, others):
     """The epochs at which layer-params-145.cfg changed its rates, and biases at twice the rate."""
     config = alexnet_2012.get_config()
-    rates = optimizer.Rates(config.optimizer, config.schedule, steps_per_epoch=100.0)
+    rates = optimizer.Rates(config, steps_per_epoch=100.0)
     tree = rates.tree(trees(), 100 * epoch)
     np.testing.assert_allclose(tree["conv1"]["kernel"], conv1, rtol=1e-6)
     np.testing.assert_allclose(tree["conv1"]["bias"], 2 * conv1, rtol=1e-6)
     np.testing.assert_allclose(tree["fc8"]["kernel"], others, rtol=1e-6)
 
 
+def rates_at(steps, steps_per_epoch=10.0, **schedule):
+    """The common rate at these steps, of a run of 10 epochs at rate 1."""
+    config = alexnet.get_config()
+    config.num_epochs, config.optimizer.learning_rate = 10.0, 1.0
+    config.schedule.update(schedule)
+    found = optimizer.schedule(config, steps_per_epoch)
+    return [float(found(step)) for step in steps]
+
+
+def test_schedules_by_name():
+    assert rates_at([0, 50, 99], name="constant") == [1, 1, 1]
+    assert rates_at([0, 50, 99], name="plateau") == [1, 1, 1]
+    factors = ((2.0, 0.5), (7.0, 0.125))
+    assert rates_at([0, 19, 20, 69, 70, 99], name="steps", factors=factors) == [1, 1, 0.5, 0.5, 0.125, 0.125]
+    cosine = [0.5 * (1 + np.cos(np.pi * step / 100)) for step in (0, 25, 50, 99, 100)]
+    np.testing.assert_allclose(rates_at([0, 25, 50, 99, 100], name="cosine"), cosine, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_every_schedule_warms_up_linearly(name):
+    """Two epochs of ten steps: 1/20 at the first, the whole rate from the twentieth on."""
+    found = rates_at(range(20), name=name, warmup=2.0)
+    np.testing.assert_allclose(found, np.arange(1, 21) / 20, rtol=1e-6)
+    without = 0.5 * (1 + np.cos(np.pi * 40 / 80)) if name == "cosine" else 1
+    np.testing.assert_allclose(rates_at([60], name=name, warmup=2.0), without, rtol=1e-6)
+
+
+def test_factors_of_layers_and_kinds_multiply():
+    config = alexnet.get_config()
+    config.optimizer.update(learning_rate=1.0, bias_rate=2.0)
+    config.schedule.update(
+        name="steps",
+        factors=((1.0, 0.5),),
+        layers=(("conv1", ((0.0, 0.25),)), ("bias", ((1.0, 10.0),)), ("conv1/bias", ((2.0, 0.0),))),
+    )
+    rates = optimizer.Rates(config, steps_per_epoch=10.0)
+    rates.check(trees())
+    for step, expected in ((0, (0.25, 0.5, 1, 2)), (10, (0.125, 2.5, 0.5, 10)), (20, (0.125, 0, 0.5, 10))):
+        tree = rates.tree(trees(), step)
+        found = [tree[layer][kind] for layer in ("conv1", "fc8") for kind in ("kernel", "bias")]
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(step))
+
+
 def test_frozen_layer_does_not_move():
     config = alexnet.get_config()
     config.schedule.layers = (("conv1", ((0.0, 0.0),)),)
-    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 10.0))
-    params = as_float32(trees())
-    updates, _ = rule.update(as_float32(trees(1)), rule.init(params), params, step=0, rate_factor=np.float32(1))
+    rule, params = optimizer.build(config), as_float32(trees())
+    rates = optimizer.Rates(config, 10.0).tree(params, 0)
+    updates, _ = rule.update(as_float32(trees(1)), rule.init(params), params, rates=rates)
     assert not np.any(updates["conv1"]["kernel"]) and np.all(updates["conv2"]["kernel"])
 
 
@@ -86,10 +129,10 @@ def test_adam_moves_every_parameter_by_its_rate():
     """Adam's first step is the learning rate in size, whatever the gradient."""
     config = alexnet.get_config()
     config.optimizer.update(name="adam", learning_rate=1e-3, weight_decay=0.0)
-    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 10.0))
-    params = as_float32(trees())
+    rule, params = optimizer.build(config), as_float32(trees())
+    rates = optimizer.Rates(config, 10.0).tree(params, 0)
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam mixes dtypes
-        updates, _ = rule.update(as_float32(trees(1)), rule.init(params), params, step=0, rate_factor=np.float32(1))
+        updates, _ = rule.update(as_float32(trees(1)), rule.init(params), params, rates=rates)
     np.testing.assert_allclose(np.abs(updates["fc8"]["kernel"]), 1e-3, rtol=1e-3)
 
 
@@ -119,4 +162,4 @@ def test_rates_of_a_layer_that_is_not_there():
     config = alexnet.get_config()
     config.schedule.layers = (("conv9", ((1.0, 0.1),)),)
     with pytest.raises(UserError, match="conv9"):
-        optimizer.Rates(config.optimizer, config.schedule, 1.0).tree(trees(), 0)
+        optimizer.Rates(config, 1.0).check(trees())

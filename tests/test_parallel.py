@@ -16,9 +16,10 @@ import models
 import optimizer
 import parallel
 import recipes
-import train
 import update
-from errors import UserError
+from common import host
+from common.errors import UserError
+from run import setup
 from runs import ROOT
 
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
@@ -26,16 +27,14 @@ LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "gri
 
 def run(config, layout, steps, mean_image=None, merged=None):
     """Trains from the seed or from a merged state; returns the losses, the merged state, and the sharded one."""
-    rates = optimizer.Rates(config.optimizer, config.schedule, 5.0)
-    rule = optimizer.build(config.optimizer, rates)
     mean_image = recipes.mean_image() if mean_image is None else mean_image
-    step = update.build_step(config, layout, rule, mean_image)
-    state = layout.shard(merged or jax.device_get(update.init_state(config, rule)))
+    step = update.build_step(config, layout, mean_image, optimizer.Rates(config, 5.0))
+    state = layout.shard(merged or jax.device_get(update.init_state(config)))
     losses = []
     for i in range(int(merged.step) if merged else 0, steps):
-        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1), np.float32(0))
+        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1))
         losses.append(float(parallel.first(values)["loss"]))
-    return losses, layout.merge(state, train.state_shapes(config)), state
+    return losses, layout.merge(state, setup.state_shapes(config)), state
 
 
 def make_layout(name):
@@ -50,9 +49,9 @@ def alone():
 
 @pytest.mark.parametrize("cores,devices,parts", [(1, 1, 1), (2, 1, 2), (2, 2, 1), (8, 2, 2)])
 def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, parts):
-    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    monkeypatch.setattr(host, "cores", lambda: cores)
     layout = parallel.Layout(devices=jax.devices()[:devices])
-    assert layout.towers(2).parts == layout.towers(1).parts == parts
+    assert layout.towers(2).cores == layout.towers(1).cores == cores // devices
     network = models.build(recipes.narrow().model, layout.towers(2), 67)
     for count, divided in ((4, parts), (3, 1)):  # an odd number goes as one
         text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), np.ones((count, 67, 67, 3), np.float32)))
@@ -61,9 +60,9 @@ def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, p
 
 
 def test_parts_of_the_batch_train_alike(alone, monkeypatch):
-    parts = make_layout("one device").towers(2).parts
-    monkeypatch.setattr(parallel, "cores", lambda: 1 if parts == 2 else 2)
-    assert make_layout("one device").towers(2).parts == 3 - parts
+    spare = make_layout("one device").towers(2).cores >= 2
+    monkeypatch.setattr(host, "cores", lambda: 1 if spare else 2)
+    assert (make_layout("one device").towers(2).cores >= 2) != spare
     losses, state, _ = run(recipes.narrow(), make_layout("one device"), 10)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
@@ -74,12 +73,12 @@ def test_parts_of_the_batch_train_alike(alone, monkeypatch):
 def test_in_place_the_update_is_the_same(name):
     config = recipes.narrow()
     config.optimizer.name = name
-    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 5.0))
+    rule, rates = optimizer.build(config), optimizer.Rates(config, 5.0)
     random = np.random.default_rng(0)
     params = {"conv1": {"kernel": jnp.asarray(random.normal(size=(3, 4))), "bias": jnp.asarray(random.normal(size=4))}}
 
     def update(gradients, state, params):
-        updates, state = rule.update(gradients, state, params, step=jnp.int32(3), rate_factor=jnp.float32(1))
+        updates, state = rule.update(gradients, state, params, rates=rates.tree(params, jnp.int32(3)))
         return optax.apply_updates(params, updates), state
 
     in_place = make_layout("one device").in_place(update)
@@ -131,7 +130,7 @@ def test_a_checkpoint_continues_on_other_devices(alone, tmp_path, before, after)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, state, {})
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        restored, _ = checkpoints.restore_latest(train.state_shapes(config))
+        restored, _ = checkpoints.restore_latest(setup.state_shapes(config))
     second, _, _ = run(config, make_layout(after), 10, merged=restored)
     np.testing.assert_allclose(first + second, alone[0], rtol=1e-4)
 
@@ -250,9 +249,9 @@ def test_zero_chooses():
 # Prints how many pages a thread touched anew for four buffers of 20 MB at once, twenty times.
 BUFFERS = """
 import resource, sys, threading
-import parallel
+from common import host
 if sys.argv[1] == "kept":
-    parallel.keep_freed_memory()
+    host.keep_freed_memory()
 def fill():
     for _ in range(20):
         [b"1" * (20 << 20) for _ in range(4)]

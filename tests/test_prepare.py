@@ -18,30 +18,17 @@ import pytest
 from PIL import Image
 
 import data
-import input_pipeline
-from datasets import progress, records, shapes, sources
-from errors import UserError
+from common.errors import UserError
+from datasets import images, locks, prepared, progress, shapes, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def prepare(dataset, tmp_path, **options):
     """Prepares in tmp_path/data and opens."""
-    return input_pipeline.Records.open(
-        input_pipeline.prepare(str(dataset), data_dir=str(tmp_path / "data"), **{"size": 32} | options)
+    return prepared.Records.open(
+        prepared.prepare(str(dataset), data_dir=str(tmp_path / "data"), **{"size": 32} | options)
     )
-
-
-def stored(opened, split):
-    """The examples of a split as TFDS itself reads them: file name → (encoded image, label)."""
-    import tensorflow_datasets as tfds
-
-    examples = tfds.builder_from_directory(opened.directory).as_dataset(
-        split=split, decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    found = [(os.fsdecode(e["file_name"]), (e["image"], int(e["label"]))) for e in examples.as_numpy_iterator()]
-    assert len(dict(found)) == len(found)
-    return dict(found)
 
 
 def leftovers(tmp_path):
@@ -63,11 +50,11 @@ def test_a_folder_becomes_records_of_its_files(tmp_path):
     }
     pixels = []
     for split in ("train", "test"):
-        examples = stored(opened, split)
+        examples = data.stored(opened, split)
         assert set(examples) == {str(f.relative_to(folder)) for f in (folder / split).rglob("*.jpg")}
         for name, (image, label) in examples.items():
             assert opened.class_names[label] == name.split("/")[1]
-            record, _ = records.to_record((folder / name).read_bytes(), 32, 10**6)
+            record, _ = images.to_record((folder / name).read_bytes(), 32, 10**6)
             assert image == record
             if split == "train":
                 pixels.append(np.asarray(Image.open(io.BytesIO(image)), np.float64))
@@ -82,9 +69,16 @@ def test_a_folder_becomes_records_of_its_files(tmp_path):
 
 def test_statistics_of_jpeg_records_are_close_to_those_of_what_is_decoded(tmp_path):
     opened = prepare(data.make_folder(tmp_path / "photos", {"train": 6}, size=(130, 110)), tmp_path, size=96)
-    decoded = [np.asarray(Image.open(io.BytesIO(image))) for image, _ in stored(opened, "train").values()]
+    decoded = [np.asarray(Image.open(io.BytesIO(image))) for image, _ in data.stored(opened, "train").values()]
     # Encoding rounds the pixels; the mean image is taken before.
     assert abs(opened.mean_image - np.mean(decoded, axis=0)).mean() < 2
+
+
+def test_a_training_split_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes.Shapes, "EXAMPLES", {"train": 10, "test": 10})
+    with pytest.raises(UserError, match=r"shapes/1\.0\.0 has no split 'tarin': did you mean train\?"):
+        prepare("shapes", tmp_path, train_split="tarin")
+    assert leftovers(tmp_path) == []
 
 
 def test_preparing_again_finds_what_is_there(tmp_path, capsys):
@@ -119,18 +113,6 @@ def test_a_folder_of_any_name_is_prepared(tmp_path):
     assert opened.num_examples("train") == 2
 
 
-def test_an_unknown_split_names_the_nearest(tmp_path):
-    folder = data.make_folder(tmp_path / "photos", {"train": 2, "validation": 2})
-    opened = prepare(folder, tmp_path)
-    with pytest.raises(UserError, match=r"photos-32 has no split 'valid': did you mean validation\?"):
-        opened.num_examples("valid")
-    with pytest.raises(UserError, match=r"did you mean validation\?"):
-        opened.index("valid[:50%]")
-    for nonsense in ("train[", "train[:x]", "train[2:2]", ""):
-        with pytest.raises(UserError):
-            opened.num_examples(nonsense)
-
-
 def test_files_that_cannot_be_read_are_counted_and_allowed(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 4})
     (folder / "train/a/0000.jpg").write_bytes(b"")
@@ -149,8 +131,7 @@ def test_files_that_cannot_be_read_are_counted_and_allowed(tmp_path):
     opened = prepare(folder, tmp_path, allow_unreadable=2, max_pixels=10**6)
     assert opened.num_examples("train") == 3
     assert opened.index("train").rows.shape == (3, 3)
-    summary = input_pipeline.read_summary(opened.directory)
-    assert [item["file"] for item in summary["unreadable"]] == ["train/a/0000.jpg", "train/b/large.png"]
+    assert [f"  {line}" for line in prepared.summary(opened.directory).unreadable] == listed
 
 
 def test_a_split_without_one_readable_file_is_refused(tmp_path):
@@ -161,14 +142,15 @@ def test_a_split_without_one_readable_file_is_refused(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_a_label_that_is_none_is_refused(tmp_path):
+def test_a_label_out_of_range_is_refused(tmp_path, monkeypatch):
     file = data.encoded(data.picture("a", 0, 40))
     for label in (-1, 2):
         files = [sources.File(f"test/{i}\n", i if i < 2 else label, lambda: io.BytesIO(file)) for i in range(3)]
         source = sources.Source("somewhere", ("a", "b"), {"test": 3}, lambda split, files=files: iter(files))
+        monkeypatch.setattr(sources, "open_source", lambda *_, source=source: source)
         with pytest.raises(UserError) as error:
-            records.prepare(source, name="set", data_dir=tmp_path / "data", size=32, train_split="test")
-        assert str(error.value) == (rf"test/2\n of somewhere has the label {label}; it should be one of 0 … 1.")
+            prepare("shapes", tmp_path, train_split="test")
+        assert str(error.value) == rf"test/2\n of somewhere has the label {label}; it should be one of 0 … 1."
         assert leftovers(tmp_path) == []
 
 
@@ -186,7 +168,7 @@ def test_images_in_two_splits_are_counted_and_named(tmp_path):
     shutil.copy(test / "a/0000.jpg", folder / "validation/a/as_in_test.jpg")
 
     opened = prepare(folder, tmp_path, size=80, allow_unreadable=2)
-    summary = input_pipeline.read_summary(opened.directory)
+    summary = json.loads((opened.directory / "prepared.json").read_text())
     assert summary["overlap"] == {"test/train": 4}
     assert summary["overlap_as"] == {
         "test/train": [
@@ -199,18 +181,18 @@ def test_images_in_two_splits_are_counted_and_named(tmp_path):
         "warning: 4 images of 'test' are also in 'train' (test/b/as.png is train/a/0000.jpg, test/b/twice.jpg is "
         "train/a/0000.jpg, test/b/copy.jpg is train/a/0002.jpg, …): errors measured on it will look too low."
     )
-    assert input_pipeline.overlap_warnings(opened.directory) == {("test", "train"): sentence}
+    assert prepared.summary(opened.directory).overlaps == {("test", "train"): sentence}
     # Sets prepared before overlaps were looked for can still be used.
     del summary["overlap"], summary["overlap_as"]
     (opened.directory / "prepared.json").write_text(json.dumps(summary))
-    assert input_pipeline.overlap_warnings(opened.directory) == {}
+    assert prepared.summary(opened.directory).overlaps == {}
 
 
 def test_every_image_twice_is_found(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 3})
     shutil.copytree(folder / "train", folder / "test")
     directory = prepare(folder, tmp_path).directory
-    (sentence,) = input_pipeline.overlap_warnings(directory).values()
+    (sentence,) = prepared.summary(directory).overlaps.values()
     named = ", ".join(f"test/{name}.jpg is train/{name}.jpg" for name in ("a/0000", "a/0002", "b/0001"))
     assert f"3 images of 'test' are also in 'train' ({named}): errors" in sentence
 
@@ -219,7 +201,7 @@ def test_one_holds_the_lock_at_a_time_though_it_is_removed_each_time(tmp_path):
     inside, most = [], []
 
     def work(_):
-        with records.lock(tmp_path / "data", "set"):
+        with locks.hold(tmp_path / "data/prepared/.set.lock"):
             inside.append(0)
             most.append(len(inside))
             time.sleep(0.001)
@@ -250,11 +232,11 @@ def test_the_archives_of_imagenet(tmp_path):
     assert opened.num_classes == 1000
     # Published: class 0 is the tench, 999 toilet tissue; the first five validation images are of these classes.
     assert (opened.class_names[0], opened.class_names[999]) == ("n01440764", "n15075141")
-    validation = stored(opened, "validation")
+    validation = data.stored(opened, "validation")
     labels = [validation[f"validation/ILSVRC2012_val_{i:08d}.JPEG"][1] for i in range(1, 6)]
     assert labels == [65, 970, 230, 809, 516]
     for split, files in synsets.items():
-        examples = stored(opened, split)
+        examples = data.stored(opened, split)
         assert opened.num_examples(split) == len(examples) == len(files)
         for name, synset in files.items():
             image, label = examples[f"{split}/{name}"]
@@ -262,7 +244,7 @@ def test_the_archives_of_imagenet(tmp_path):
             number = int(name.partition("_")[2].partition(".")[0]) if split == "train" else None
             if number is not None:
                 expected = data.encoded(data.picture(synset, number))
-                assert image == records.to_record(expected, 32, 10**6)[0]
+                assert image == images.to_record(expected, 32, 10**6)[0]
 
 
 def test_missing_archives_are_named(tmp_path):
@@ -291,9 +273,9 @@ def test_the_generated_set_is_balanced(tmp_path, monkeypatch):
     opened = prepare("shapes", tmp_path)
     assert opened.class_names == shapes.CLASSES
     for split, count in (("train", 40), ("test", 20)):
-        labels = [label for _, label in stored(opened, split).values()]
+        labels = [label for _, label in data.stored(opened, split).values()]
         assert collections.Counter(labels) == dict.fromkeys(range(10), count // 10)
-    images = [image for split in ("train", "test") for image, _ in stored(opened, split).values()]
+    images = [image for split in ("train", "test") for image, _ in data.stored(opened, split).values()]
     assert len(set(images)) == 60
 
 
@@ -302,9 +284,9 @@ def test_the_generated_set_is_balanced(tmp_path, monkeypatch):
 # At the fourth image the process writes a file, and waits until somebody takes it away.
 HELD = """
 import pathlib, runpy, sys, time
-from datasets import records
+from datasets import conversion
 flag = pathlib.Path(sys.argv.pop(1))
-original, seen = records.to_record, []
+original, seen = conversion.to_record, []
 def to_record(*arguments):
     seen.append(arguments)
     if len(seen) == 4:
@@ -313,7 +295,7 @@ def to_record(*arguments):
         while flag.exists() and time.monotonic() < end:
             time.sleep(0.02)
     return original(*arguments)
-records.to_record = to_record
+conversion.to_record = to_record
 runpy.run_module("tools.prepare", run_name="__main__")
 """
 
@@ -358,28 +340,21 @@ def test_hostile_files_become_records_or_a_line_each(tmp_path):
         (home / name).touch()
     (home / "more").mkdir()
 
-    code, out, err, _ = measured(tmp_path / "photos", tmp_path, "--size=32")
-    sentence, *listed = err.splitlines()
-    assert code == 2
-    assert sentence.startswith(f"error: {len(bad)} of {len(good) + len(bad)} files cannot be read, 0 are allowed")
-    preparing, passed_over = out.splitlines()
-    assert preparing.startswith(f"Preparing {len(good) + len(bad)} images")
-    assert passed_over == "passed over: 5 files with other suffixes (.heic, .txt, folders, none)"
-    assert all(line.isprintable() for line in listed)
-    reasons = dict(line.removeprefix("  train/a/").split(": ", 1) for line in listed)
-    assert len(listed) == len(reasons) == len(bad)
-    for name, reason in bad.items():
-        assert reason in reasons[sources.printable(name)], name
-    assert leftovers(tmp_path) == []
-
     code, out, err, peak = measured(tmp_path / "photos", tmp_path, "--size=32", f"--allow_unreadable={len(bad)}")
     assert (code, err) == (0, "")
-    left_out = [line for line in out.splitlines() if line.startswith("left out ")]
-    assert sorted(left_out) == sorted(f"left out     {line.strip()}" for line in listed)
     # 500 MiB of libraries, an image of 81 million pixels at 5 bytes each, a file of 100 MiB.
     assert peak < 1400, f"{peak:.0f} MiB"
+    preparing, passed_over, *lines = out.splitlines()
+    assert preparing.startswith(f"Preparing {len(good) + len(bad)} images")
+    assert passed_over == "passed over: 5 files with other suffixes (.heic, .txt, folders, none)"
+    assert all(line.isprintable() for line in lines)
+    left_out = [line.removeprefix("left out     train/a/") for line in lines if line.startswith("left out ")]
+    reasons = dict(line.split(": ", 1) for line in left_out)
+    assert len(left_out) == len(reasons) == len(bad)
+    for name, reason in bad.items():
+        assert reason in reasons[progress.printable(name)], name
     opened = prepare(tmp_path / "photos", tmp_path)
-    examples = stored(opened, "train")
+    examples = data.stored(opened, "train")
     assert examples.keys() == {f"train/a/{name}" for name in good}
     for name, (left, right) in good.items():
         pixels = np.asarray(Image.open(io.BytesIO(examples[f"train/a/{name}"][0])), np.float64)
@@ -387,16 +362,16 @@ def test_hostile_files_become_records_or_a_line_each(tmp_path):
         np.testing.assert_allclose(pixels[:, -14:].mean((0, 1)), right, atol=6, err_msg=name)
 
 
-MANY_CORES = "import os, runpy; os.cpu_count = lambda: 16; runpy.run_module('tools.prepare', run_name='__main__')"
+MANY_CORES = "import runpy; from common import host; host.cores = lambda: 16; runpy.run_module('tools.prepare', None, '__main__')"
 
 
 def test_many_cores_do_not_hold_many_large_images_at_once(tmp_path):
     home = tmp_path / "photos/train/a"
     home.mkdir(parents=True)
     pixels = zlib.compress((b"\0" + bytes(4 * 4000)) * 4000, 1)
-    for i in range(12):  # 190 MB each while they are made opaque
+    for i in range(6):  # 190 MB each while they are made opaque
         (home / f"{i}.png").write_bytes(data.png(4000, 4000, 8, 6, (b"IDAT", pixels)))
-    for i in range(12):  # 120 MB each to read
+    for i in range(6):  # 120 MB each to read
         (home / f"{i}.jpg").write_bytes(data.encoded(data.picture("a", i)))
         os.truncate(home / f"{i}.jpg", 120_000_000)
     flags = "--size=32", "--max_pixels=16000000"
@@ -424,19 +399,24 @@ def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path):
     assert leftovers(tmp_path) == ["photos-32"]
 
 
-def test_two_preparations_at_once_do_the_work_once_and_quietly(tmp_path):
+def test_two_preparations_at_once_do_the_work_once_and_quietly(tmp_path, capsys):
     folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
     first = start(folder, tmp_path, ["-c", HELD, str(tmp_path / "held")])
     wait_for(tmp_path / "held", first)
-    second = start(folder, tmp_path, ["-m", "tools.prepare"])
-    waiting = second.stdout.readline()
-    (tmp_path / "held").unlink()
-    (out, err), (second_out, second_err) = first.communicate(timeout=60), second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), err + second_err
-    assert (err, second_err) == ("", ""), "TensorFlow or TFDS is heard"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        second = pool.submit(prepare, folder, tmp_path, size=256)
+        said = ""
+        while not said:
+            said = capsys.readouterr().out
+            time.sleep(0.02)
+        (tmp_path / "held").unlink()
+        out, err = first.communicate(timeout=60)
+        opened = second.result(timeout=60)
+    assert first.returncode == 0, err
+    assert err == "", "TensorFlow or TFDS is heard"
+    assert said + capsys.readouterr().out == "Another process prepares photos; waiting for it.\n"
     preparing, *summary = out.splitlines()
     assert preparing.startswith("Preparing 10 images of ")
-    assert waiting == "Another process prepares photos; waiting for it.\n"
-    assert second_out.splitlines() == summary
     assert [line.split()[0] for line in summary] == ["records", "from", "test", "train", "classes", "mean", "principal"]
+    assert opened.num_examples("train") == 6
     assert leftovers(tmp_path) == ["photos-256"]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import data
-import input_pipeline
-from errors import UserError
+from common.errors import UserError
+from datasets import prepared
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_a_pickle_in_a_prepared_set_is_refused_and_not_run(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 2}, size=40)
-    directory = input_pipeline.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
+    directory = prepared.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
     arrays = dict(np.load(directory / "statistics.npz"))
 
     class Evil:
@@ -38,13 +38,13 @@ def test_a_pickle_in_a_prepared_set_is_refused_and_not_run(tmp_path):
     for content in (file.getvalue(), np.array([Evil()], object).dumps()):
         (directory / "statistics.npz").write_bytes(content)
         with pytest.raises(UserError, match=r"statistics\.npz cannot be used .* prepare the data set again\.$"):
-            input_pipeline.Records.open(directory)
+            prepared.Records.open(directory)
     assert not (tmp_path / "evil").exists()
 
 
 def test_a_prepared_set_does_not_name_modules_to_import(tmp_path, monkeypatch):
     folder = data.make_folder(tmp_path / "photos", {"train": 2}, size=40)
-    directory = input_pipeline.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
+    directory = prepared.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
     (tmp_path / "stranger.py").write_text(f"import os; os.mkdir({str(tmp_path / 'evil')!r})")
     monkeypatch.syspath_prepend(tmp_path)
     original = (directory / "features.json").read_text()
@@ -56,7 +56,7 @@ def test_a_prepared_set_does_not_name_modules_to_import(tmp_path, monkeypatch):
             assert changed != original
             (directory / "features.json").write_text(changed)
             with pytest.raises(UserError, match=r"of the class stranger\.X\); delete .* prepare the data set again\.$"):
-                input_pipeline.Records.open(directory)
+                prepared.Records.open(directory)
     assert not (tmp_path / "evil").exists()
 
 
@@ -91,19 +91,17 @@ def test_archives_write_nothing_beside_the_data(tmp_path):
         data.add(archive, "../../../evil.JPEG", image)
 
     before = tree(tmp_path)
-    directory = input_pipeline.prepare(
-        "imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32
-    )
+    directory = prepared.prepare("imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32)
     after = {name: time for name, time in tree(tmp_path).items() if not f"{name}/".startswith("home/data/")}
     assert after | {"home": 0} == before | {"home": 0}, "but that it holds the data, the folder above has not changed"
     assert not pathlib.Path("/evil.tar").exists()
     assert not pathlib.Path("/evil.JPEG").exists()
     # What is stored is what is named as images of ImageNet are.
-    examples = input_pipeline.read_summary(directory)["examples"]
+    examples = prepared.summary(directory).examples
     assert examples == {split: len(files) for split, files in synsets.items()}
 
 
-# Runs `python -m tools.prepare` with few examples of shapes, and says which hosts Python asks for.
+# Says which hosts Python asks for while it prepares few shapes, a miniature ImageNet, and what the flags name.
 LISTENED = """
 import runpy, sys
 def heard(event, arguments):
@@ -112,8 +110,11 @@ def heard(event, arguments):
     if event.startswith(("socket.getaddrinfo", "socket.gethostby", "urllib.")):
         print("network:", event, arguments, file=sys.stderr)
 sys.addaudithook(heard)
-from datasets import shapes
+from datasets import prepared, shapes
 shapes.Shapes.EXAMPLES = {"train": 20, "test": 10}
+data_dir, manual_dir = (argument.partition("=")[2] for argument in sys.argv[2:4])
+for name in ("shapes", "imagenet2012"):
+    prepared.prepare(name, data_dir=data_dir, manual_dir=manual_dir, size=32)
 runpy.run_module("tools.prepare", run_name="__main__")
 """
 
@@ -140,8 +141,7 @@ def proxy():
         thread.join()
 
 
-@pytest.mark.parametrize("name", ["photos", "shapes", "imagenet2012"])
-def test_preparing_asks_no_host_and_writes_to_its_folder_only(tmp_path, proxy, name):
+def test_preparing_asks_no_host_and_writes_to_its_folder_only(tmp_path, proxy):
     address, asked = proxy
     data.make_folder(tmp_path / "photos", {"train": 4, "test": 2})
     shutil.copy(tmp_path / "photos/train/a/0000.jpg", tmp_path / "photos/test/b/copy.jpg")
@@ -159,7 +159,7 @@ def test_preparing_asks_no_host_and_writes_to_its_folder_only(tmp_path, proxy, n
             sys.executable,
             "-c",
             LISTENED,
-            f"--dataset={tmp_path / name if name == 'photos' else name}",
+            f"--dataset={tmp_path / 'photos'}",
             f"--data_dir={tmp_path / 'data'}",
             f"--manual_dir={tmp_path / 'tars'}",
             "--size=32",
@@ -174,7 +174,8 @@ def test_preparing_asks_no_host_and_writes_to_its_folder_only(tmp_path, proxy, n
     )
     assert done.returncode == 0, done.stderr
     warning = "warning: 1 images of 'test' are also in 'train' (test/b/copy.jpg is train/a/0000.jpg)"
-    assert done.stderr == (f"{warning}: errors measured on it will look too low.\n" if name == "photos" else "")
+    assert done.stderr == f"{warning}: errors measured on it will look too low.\n"
+    assert sorted(os.listdir(tmp_path / "data/prepared")) == ["imagenet2012-32", "photos-32", "shapes-32"]  # noqa: PTH208
     assert asked == []
     after = tree(tmp_path)
     assert {path for path in after if not f"{path}/".startswith("data/")} == before.keys()
@@ -182,6 +183,7 @@ def test_preparing_asks_no_host_and_writes_to_its_folder_only(tmp_path, proxy, n
     assert changed in ([], ["TMPDIR"]), "Python tries whether it can write there, and removes what it wrote"
 
 
+@pytest.mark.slow
 def test_the_traps_of_the_last_test_catch_what_they_should(proxy):
     address, asked = proxy
     program = LISTENED.partition("from datasets")[0] + (

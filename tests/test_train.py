@@ -1,5 +1,6 @@
 """Whole runs through main.py: exact resume, signals, what a workdir holds, and every refusal in one sentence."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import data
 import recipes
 import runs
 import train
-import workdirs
-from errors import UserError
+from run import processes, setup, workdirs
+from common import exits
+from common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +88,39 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(folder, whole):
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
 
 
+@contextlib.contextmanager
+def trainer(config, workdir):
+    with (
+        setup.set_up(config, workdir) as run,
+        train.Trainer(run, processes.Stop(exits.StopSignal(), None)) as trainer,
+    ):
+        yield trainer
+
+
 def test_replicas_that_drift_apart_stop_the_run(folder, tmp_path):
     """One bit of one weight on one of four devices: noticed before it is saved."""
     config = recipes.narrow(num_classes=3)
     config.batch_size = 8
     config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
-    with train.Run(config, tmp_path, train.StopSignal()) as run:
-        run.advance(next(run.train_batches()))
-        run.save()
-        run.checkpoints.wait()
+    with trainer(config, tmp_path) as at:
+        at.advance(next(at.train_batches()))
+        at.save()
+        at.run.checkpoints.wait()
         assert runs.checkpoints(tmp_path) == [1]
-        run.advance(next(run.train_batches()))
-        run.settle()
-        kernel = run.state.params["conv4"]["kernel"]
+        at.advance(next(at.train_batches()))
+        at.settle()
+        kernel = at.state.params["conv4"]["kernel"]
         parts = [shard.data for shard in kernel.addressable_shards]
         changed = np.array(parts[3])
         changed.view(np.uint32).flat[5] ^= 1
         parts[3] = jax.device_put(changed, parts[3].device)
-        run.state.params["conv4"]["kernel"] = jax.make_array_from_single_device_arrays(
+        at.state.params["conv4"]["kernel"] = jax.make_array_from_single_device_arrays(
             kernel.shape, kernel.sharding, parts
         )
         with pytest.raises(
             UserError, match=r"After step 2 the replicas .* not the same in .*conv4.*kernel.*: a device"
         ):
-            run.save()
+            at.save()
     assert runs.checkpoints(tmp_path) == [1]
 
 
@@ -117,12 +128,12 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
     config = recipes.narrow(num_classes=3)
     config.batch_size = 8
     config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
-    with train.Run(config, tmp_path, train.StopSignal()) as run:
-        run.state.params["fc8"]["bias"] = run.state.params["fc8"]["bias"] * np.float32("nan")
+    with trainer(config, tmp_path) as at:
+        at.state.params["fc8"]["bias"] = at.state.params["fc8"]["bias"] * np.float32("nan")
         with pytest.raises(UserError, match="Parameters are not finite after step 0"):
-            run.save()
+            at.save()
         with pytest.raises(UserError, match="The evaluation loss of step 0 is nan"):
-            run.evaluate_and_save()
+            at.evaluate_and_save()
     assert runs.checkpoints(tmp_path) == []
 
 

@@ -3,48 +3,31 @@
 All figures are read off the network itself, as JAX traces it for one image; nothing is computed or loaded.
 """
 
-import cli
 import models
+from common import cli
+
+HEADER = ("layer", "output", "kernel", "parameters", "multiply-adds", "maps by tower", "exchange")
+ALIGN = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.rjust)
 
 
 def render(rows: list[models.Row], towers: int) -> str:
     """The table as text, with totals."""
-    header = ("layer", "output", "kernel", "parameters", "multiply-adds", "maps by tower", "exchange")
-    lines = [header]
+    lines = [HEADER]
     for row in rows:
-        by_tower = " | ".join([str(row.output[-1] // towers)] * towers)
-        if row is rows[-1] and towers > 1:
-            by_tower = f"{row.output[-1]} joined"
-        lines.append(
-            (
-                row.name,
-                "×".join(map(str, row.output)),
-                "×".join(map(str, row.kernel)),
-                f"{row.parameters:,}",
-                f"{row.multiply_adds:,}",
-                by_tower,
-                f"{row.exchange:,}" if row.exchange else "",
-            )
-        )
-    lines.append(
-        (
-            "total",
-            "",
-            "",
-            f"{sum(row.parameters for row in rows):,}",
-            f"{sum(row.multiply_adds for row in rows):,}",
-            "",
-            f"{sum(row.exchange for row in rows):,}",
-        )
-    )
+        maps = row.output[-1]
+        # A number of classes that does not divide gives the first tower one more.
+        by_tower = " | ".join(str((maps + towers - 1 - tower) // towers) for tower in range(towers))
+        output, kernel = ("×".join(map(str, shape)) for shape in (row.output, row.kernel))
+        exchange = f"{row.exchange:,}" if row.exchange else ""
+        lines.append((row.name, output, kernel, f"{row.parameters:,}", f"{row.multiply_adds:,}", by_tower, exchange))
+    totals = (f"{sum(getattr(row, name) for row in rows):,}" for name in ("parameters", "multiply_adds", "exchange"))
+    parameters, multiply_adds, exchange = totals
+    lines.append(("total", "", "", parameters, multiply_adds, "", exchange))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = (False, False, False, True, True, False, True)
-
-    def align(line):
-        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
-        return "  ".join(cells).rstrip()
-
-    text = [align(line) for line in lines]
+    text = [
+        "  ".join(align(cell, width) for align, cell, width in zip(ALIGN, line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     rule = "─" * max(map(len, text))
     return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 

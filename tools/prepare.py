@@ -1,6 +1,6 @@
 """Prepares a data set once: `python -m tools.prepare --dataset=NAME_OR_FOLDER --data_dir=data`.
 
-main.py does the same on first use; this is for preparing on another day, or another machine.
+main.py does the same on first use. This command prepares ahead, perhaps on another machine.
 """
 
 import sys
@@ -8,22 +8,22 @@ import sys
 import numpy as np
 from absl import flags
 
-import cli
-import input_pipeline
+from common import cli
+from datasets import prepared
 
-DATASET = flags.DEFINE_string("dataset", None, "A TFDS name, 'shapes', or a folder with SPLIT/CLASS/*.jpg.")
+DATASET = flags.DEFINE_string("dataset", None, "A folder with SPLIT/CLASS/*.jpg, a TFDS name, or 'shapes'.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where TFDS keeps its sets, and where prepared/ goes.")
 MANUAL_DIR = flags.DEFINE_string("manual_dir", "", "Where archives lie that TFDS cannot download (imagenet2012).")
 TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "The split over which mean and components are taken.")
-SIZE = flags.DEFINE_integer("size", 256, "Side of the records in pixels.", lower_bound=8, upper_bound=4096)
+SIZE = flags.DEFINE_integer("size", 256, "Side of the records in pixels.", *prepared.SIZES)
 ALLOW = flags.DEFINE_integer("allow_unreadable", 0, "How many unreadable files may be left out.", lower_bound=0)
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", 100_000_000, "Larger images are refused undecoded.", lower_bound=1)
 flags.mark_flag_as_required("dataset")
 
 
 def main(_) -> None:
-    """Prepares, or says that it is done, and prints what there is."""
-    directory = input_pipeline.prepare(
+    """Prepares the set unless that is done already, and prints what it holds."""
+    directory = prepared.prepare(
         DATASET.value,
         data_dir=DATA_DIR.value,
         manual_dir=MANUAL_DIR.value,
@@ -32,18 +32,17 @@ def main(_) -> None:
         allow_unreadable=ALLOW.value,
         max_pixels=MAX_PIXELS.value,
     )
-    summary = input_pipeline.read_summary(directory)
-    records = input_pipeline.Records.open(directory)
+    summary, records = prepared.summary(directory), prepared.Records.open(directory)
     print(f"records      {directory}")
-    print(f"from         {summary['origin']}")
-    for split, count in summary["examples"].items():
+    print(f"from         {summary.origin}")
+    for split, count in summary.examples.items():
         print(f"{split:<12} {count:,} images")
     print(f"classes      {records.num_classes}")
     print(f"mean RGB     {np.round(records.mean_image.mean((0, 1)), 2)}")
     print(f"principal σ  {np.round(records.principal_std, 2)}")
-    for item in summary["unreadable"]:
-        print(f"left out     {item['file']}: {item['reason']}")
-    for sentence in input_pipeline.overlap_warnings(directory).values():
+    for line in summary.unreadable:
+        print(f"left out     {line}")
+    for sentence in summary.overlaps.values():
         print(sentence, file=sys.stderr)
 
 

@@ -13,21 +13,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError, fail
+from common import exits
+from common.errors import UserError
 
 Tree = Any
 
-# Seconds without a sign of life after which a process counts as gone. The rest is JAX's own, which aborts without a
-# sentence; it must come later.
+# Seconds without a sign of life after which a process counts as gone. JAX's own limit must come later, because JAX
+# aborts without a sentence.
 SILENCE = 20
 HEARTBEAT_TIMEOUT = 60
+# A process that has dispatched program n has seen program n − 2 end, for which every other process had to dispatch it.
+# So none is more than two programs ahead of another, and all can still stop after the third from now.
+AHEAD = 3
 
 
 def initialize(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins this process to the others of a run, before any device is used.
 
-    Does nothing without arguments in a process by itself. Tasks of a SLURM step and hosts of a TPU pod find one another
-    without arguments, where there are several; `coordinator_address="auto"` leaves it to JAX in other clusters.
+    Without arguments it does nothing in a single process; the tasks of a SLURM step and the hosts of a TPU pod find one
+    another. `coordinator_address="auto"` leaves the search to JAX in other clusters.
 
     Raises:
       UserError: the three are not given together, or the processes do not find one another.
@@ -37,7 +41,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
         if not coordinator_address and not _in_cluster():
             return
         if os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1":
-            # JAX gives each task of SLURM a single GPU; one that has the node to itself takes them all.
+            # JAX gives each SLURM task a single GPU; a task that has the node to itself should take all of them.
             arguments["local_device_ids"] = []
     elif coordinator_address and num_processes > 0 and 0 <= process_id < num_processes:
         arguments = {
@@ -50,7 +54,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
             "Several processes need --coordinator_address=HOST:PORT, --num_processes=N and --process_id=K with "
             f"0 ≤ K < N together; got {coordinator_address!r}, {num_processes} and {process_id}."
         )
-    # JAX aborts when another process is gone, and the stacks of this one would bury the sentence.
+    # JAX aborts when another process is gone, and a dump of all stacks would bury the sentence.
     faulthandler.disable()
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
@@ -66,7 +70,7 @@ def _in_cluster() -> bool:
 
 
 def gather_text(text: str) -> list[str]:
-    """The texts of all processes, by process. Waits for all of them, however long one needs to prepare its data."""
+    """The texts of all processes, by process. Waits up to a day, because one of them may be preparing its data."""
     if jax.process_count() == 1:
         return [text]
     client, call = _client(), next(_calls)
@@ -76,10 +80,10 @@ def gather_text(text: str) -> list[str]:
 
 
 def from_first(tree: Tree) -> Tree:
-    """The NumPy arrays of process 0, in all processes; the others give arrays of the same shapes and types."""
+    """The NumPy arrays of process 0, in all processes; the others pass arrays of the same shapes and types."""
     if jax.process_count() == 1:
         return tree
-    # As bits, for the broadcast is a sum, which loses the sign of −0.
+    # As bits, because the broadcast is a sum, which loses the sign of −0.
     bits = jax.tree.map(lambda leaf: np.array(leaf).reshape(-1).view(np.uint8), tree)
     sent = multihost_utils.broadcast_one_to_all(bits)
     return jax.tree.map(
@@ -87,22 +91,55 @@ def from_first(tree: Tree) -> Tree:
     )
 
 
+class Stop:
+    """Says when a run stops after a signal: at once in a single process, and after the same program in several.
+
+    Every process calls `check` after each program that it dispatches to the devices: an update, or a batch of an
+    evaluation. A process with a signal names the number of a later program, after which all stop, and goes on only when
+    all know it. JAX's `reached_preemption_sync_point` does the same for SIGTERM alone.
+
+    Args:
+      signals: notes the signals of this process.
+      watch: what `company` gives: None in a single process.
+    """
+
+    def __init__(self, signals: exits.StopSignal, watch: "_Watch | None"):
+        self._signals, self._watch = signals, watch
+        self._programs, self._asked = 0, False
+
+    def check(self) -> None:
+        """Raises `exits.Stopped` if the run stops here."""
+        if not self._watch:
+            if self._signals.code:
+                raise exits.Stopped(self._signals.code)
+            return
+        self._programs += 1
+        if self._signals.code and not self._asked:
+            self._asked = True
+            self._watch.ask_to_stop(self._signals.code, self._programs + AHEAD)
+        if self._watch.stop and self._programs >= self._watch.stop[1]:
+            raise exits.Stopped(self._watch.stop[0])
+
+
 @contextlib.contextmanager
-def company() -> Iterator[None]:
+def company() -> Iterator["_Watch | None"]:
     """A run, in this process, of one or of several processes: when one of them fails, all of them end with a sentence.
 
+    Yields:
+      What `Stop` needs: None in a single process.
+
     Raises:
-      UserError: what the devices and the other processes may do to a run; other errors pass through.
+      UserError: the devices or the other processes fail; other errors pass through.
     """
     watch = _Watch() if jax.process_count() > 1 else None
     try:
-        yield
+        yield watch
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         if "RESOURCE_EXHAUSTED" in reason:
             sentence = "The devices have too little memory; halve batch_size and eval_batch_size"
         elif watch and (watch.noticed or any(word in reason for word in _EXCHANGES)):
-            # An exchange with a process that has ended fails at once. JAX aborts soon, so nothing is asked here.
+            # An exchange with a process that has ended fails at once, and JAX aborts soon: no time to ask the others.
             raise UserError(f"{watch.noticed or _GONE.format('Another process')} ({reason}).") from error
         elif watch:
             sentence = "The devices of this process failed"
@@ -136,25 +173,36 @@ def _client():
 class _Watch:
     """Shows the other processes that this one is alive, and ends it when one of them has failed or is silent.
 
-    Works in a thread, because a process that waits for the devices of another waits for ever.
+    Works in a thread, because a process that waits for the devices of another can wait for ever.
+
+    Attributes:
+      noticed: that another process has failed, as a sentence; or ''.
+      stop: (exit code, number of the program after which all stop), or None.
     """
 
     def __init__(self):
-        self.noticed = ""  # that another process has failed, as a sentence
+        self.noticed, self.stop = "", None
         self._client, self._index = _client(), jax.process_index()
         self._others = [k for k in range(jax.process_count()) if k != self._index]
-        self._closed = threading.Event()
+        self._closed, self._all_know = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
+
+    def ask_to_stop(self, code: int, program: int) -> None:
+        """Tells all processes when to stop, and returns when they know; of several that ask, the first decides."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has asked
+            self._client.key_value_set("stop/0", f"{code} {program}")
+        self._all_know.wait()
 
     def _watch(self):
         heard = {k: ("", time.monotonic()) for k in self._others}
         for beat in itertools.count():
-            unanswered = threading.Timer(SILENCE, fail, [f"{_GONE.format('Process 0')}."])
+            unanswered = threading.Timer(SILENCE, exits.fail, [f"{_GONE.format('Process 0')}."])
             unanswered.start()
             try:
                 self._set("alive", str(beat))
                 alive, failed = self._get("alive"), self._get("failed")
+                self._hear_stop(alive)
                 self._pause()
             except jax.errors.JaxRuntimeError:
                 alive, failed = {}, {0: _GONE.format("Process 0")}
@@ -172,12 +220,23 @@ class _Watch:
             if self.noticed:
                 if self._index == 0:
                     self._linger()
-                fail(f"{self.noticed}.")
+                exits.fail(f"{self.noticed}.")
+
+    def _hear_stop(self, alive):
+        """Notes that the run shall stop, says so, and notes when all processes know."""
+        if not self.stop and (asked := self._get("stop")):
+            self.stop = tuple(map(int, asked[0].split()))
+            self._set("knows", "stop")
+        if self.stop and not self._all_know.is_set():
+            know = self._get("knows")
+            if all(k in know or alive.get(k) == "ended" for k in self._others):
+                self._all_know.set()
 
     def _pause(self):
-        """Waits for a second, or until process 0 is gone: JAX itself aborts only a moment later."""
+        """Waits for a second, for news of a stop, or until process 0 is gone: JAX itself aborts only a moment later."""
+        milliseconds = 1000 if self._all_know.is_set() or not self.stop else 50
         try:
-            self._client.blocking_key_value_get("nothing", 1000)
+            self._client.blocking_key_value_get("nothing" if self.stop else "stop/0", milliseconds)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -190,7 +249,7 @@ class _Watch:
         return {int(path.rpartition("/")[2]): value for path, value in self._client.key_value_dir_get(f"{key}/")}
 
     def _linger(self):
-        """Gives the others time to read, before exchanges with this process fail and the store goes with process 0."""
+        """Gives the others time to read before exchanges with this process fail and the store ends with process 0."""
         time.sleep(6 if self._index == 0 else 3)
 
     def close(self, failure: str = "") -> None:

@@ -8,12 +8,13 @@ from typing import IO, Any
 
 import ml_collections
 
-from errors import UserError
+from common.errors import UserError
+from run import schema
 
-# For so long a start waits for a run that was asked to stop and is saving.
+# How long a start waits for the run before it, which may be saving after a signal.
 SECONDS_TO_END = 30
 
-# A run may be continued with other values of these; every other difference makes it another run.
+# A run may go on with other values of these fields. Any other difference makes it another run.
 CONTINUABLE = (
     "num_epochs",
     "num_steps",
@@ -33,7 +34,7 @@ def to_json(config) -> dict[str, Any]:
 
 
 def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
-    """The path of a workdir, whose ~ is the user's home; raises `UserError`, with `field`, where it can be none."""
+    """The path of a workdir, with ~ as the user's home; raises `UserError`, which names `field`, if it is no path."""
     try:
         path = pathlib.Path(workdir).expanduser()
         str(path).encode()  # TensorBoard's files have names in UTF-8
@@ -43,18 +44,18 @@ def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.P
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
-    """The config of a workdir.
+    """The config of a workdir, with neutral values for fields that are newer than it.
 
     Raises:
-      UserError: there is none, or it is none; its fields are for `train.validate` to judge.
+      UserError: config.json is missing or damaged. Its values are not checked; see `schema.validate`.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("it holds no fields")
-        config = ml_collections.ConfigDict(content)
-        to_json(config)  # which fails where lists lie in lists in lists
+        config = ml_collections.ConfigDict(schema.completed(content))
+        to_json(config)  # fails for what JSON cannot store again
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
@@ -73,11 +74,11 @@ def check(config, workdir: pathlib.Path) -> None:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...], places: tuple[str, str]) -> str:
-    """Names the fields, dotted, in which two trees of JSON differ, with both values; '' if in none.
+    """Names the fields, dotted, in which two trees of JSON differ, with both values; '' if they are equal.
 
     Args:
-      but: beginnings of the names of fields that may differ.
-      places: where the two come from, as the sentence has it.
+      but: names of fields that may differ; also of whole sections.
+      places: words for where the two come from.
     """
     one, other = _flat(one), _flat(other)
     return "; ".join(
@@ -95,10 +96,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def lock(workdir: pathlib.Path) -> IO:
-    """Makes the folder, and keeps other runs from it until the file that is returned is closed, or the process ends.
+    """Makes the folder and locks it against other runs, until the returned file is closed or the process ends.
 
     Raises:
-      UserError: it cannot be written, or another run holds it for longer than one takes that is about to end.
+      UserError: the folder cannot be written, or another run still holds it after SECONDS_TO_END.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)

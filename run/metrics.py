@@ -1,5 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress line."""
+"""What a run measures and records: the meter, metrics.jsonl, TensorBoard, and a progress line."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -8,10 +9,33 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 
-from errors import UserError
+import parallel
+from common.errors import UserError
+
+
+class Fetcher:
+    """Fetches results from the devices in a thread, so that dispatch never waits for them."""
+
+    def __init__(self):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
+
+    def fetch(self, tree: Any) -> concurrent.futures.Future:
+        """A future of (the first device's values, the `time.perf_counter()` at which they were ready)."""
+
+        def wait():
+            jax.block_until_ready(tree)
+            ready = time.perf_counter()
+            return parallel.first(tree), ready
+
+        return self._thread.submit(wait)
+
+    def close(self) -> None:
+        """Ends the thread without waiting for it: after a failure some steps may never end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Meter:
@@ -63,14 +87,14 @@ class Meter:
 
 
 class Recorder:
-    """Writes metrics of a run to its workdir, and a progress line to the terminal.
+    """Writes the metrics of a run to its workdir, and a progress line to the terminal.
 
     Args:
       workdir: folder of the run.
-      step, evaluated: the step from which the run goes on, and that of its last evaluation; later lines of
-        metrics.jsonl, written before a crash, are dropped, for they will be written again.
+      step, evaluated: the step from which the run goes on, and the step of its last evaluation. Later lines of
+        metrics.jsonl come from before a crash; they are dropped, because the run writes them again.
       num_steps: the step at which the run ends.
-      active: False in all processes but the first, which then write nothing.
+      active: False in all processes but the first; those write nothing.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, evaluated: int, num_steps: int, active: bool = True):
@@ -151,7 +175,7 @@ class Recorder:
     def _explained(self):
         try:
             yield
-        except Exception as error:  # clu and TensorFlow have exceptions of their own for what they cannot write
+        except Exception as error:  # clu and TensorFlow raise exceptions of their own for what they cannot write
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{self._path.parent} cannot take the metrics: {reason}; the run can go on from its last checkpoint."
@@ -165,7 +189,7 @@ class Recorder:
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl; lines that are none, as one cut short, are left out; no file is no line."""
+    """The lines of a metrics.jsonl. Skips malformed lines; a missing file gives []."""
     path = pathlib.Path(path)
     objects = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -177,7 +201,7 @@ def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
 
 
 def describe(values: dict[str, float]) -> str:
-    """Metrics as a person reads them: errors and fractions in per cent."""
+    """Metrics for a reader: errors and fractions in per cent."""
     parts = []
     for key, value in values.items():
         group, _, name = key.partition("/")

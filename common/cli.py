@@ -1,0 +1,139 @@
+"""What the command lines of this project share: reading a config, and ending every mistake in one sentence."""
+
+import inspect
+import re
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from common import exits
+from common.errors import KINDS, UserError, nearest, shortened, shown
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, not its sentence alone.")
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config=FILE[:VARIANT]` with overrides `--config.FIELD=VALUE`; fields can be changed, not added."""
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", None, "The recipe, such as configs/alexnet.py or configs/alexnet.py:one_gpu."
+        )
+    except (flags.Error, ValueError) as error:
+        _fail(f"--flagfile cannot be read: {error}")
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the flags, calls `main(argv)`, and turns a `UserError` into one sentence and exit code 2."""
+
+    def guarded(argv):
+        if not DEBUG.value:  # notices of libraries, and tracebacks of their threads, do not help a user
+            logging.set_verbosity(logging.FATAL)
+            sys.unraisablehook = _without_tensorstore
+        try:
+            if len(argv) > 1:
+                raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
+            return main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
+        except KeyboardInterrupt:
+            exits.leave(exits.SIGNALS[signal.SIGINT])
+        except Exception:
+            traceback.print_exc()
+            exits.leave(exits.DEFECT)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _fail(sentence: str):
+    if (flags.FLAGS.is_parsed() and DEBUG.value) or "--debug" in sys.argv:
+        traceback.print_exc()
+    exits.fail("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in sentence))
+
+
+def _without_tensorstore(unraisable):
+    """Hides the error of TensorStore's threads, which outlive a checkpoint that could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; any mistake in them or in the config's file ends in a sentence."""
+    known = {}
+    try:
+        if "config" in flags.FLAGS and (name := _config_flag(argv)):
+            # Read before absl does, whose errors do not tell the file's mistakes from those of the flags.
+            known = dict(field_names(load_config(name)))
+            _check_overrides(argv, name, known)
+        return flags.FLAGS(argv)
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:  # absl and ml_collections raise anything
+        _fail(_explained(shortened(" ".join(str(error).split())) or type(error).__name__, known))
+
+
+def _explained(message: str, known: Mapping) -> str:
+    """The sentence for an error message of absl's."""
+    if missing := re.findall(r"flag --(\w+)=None", message):
+        return f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
+    if "before a value for --config" in message:
+        return "--config=FILE must come before its overrides, --config.FIELD=VALUE."
+    if (match := re.match(r"flag --config\.([\w.]+)=(.*): ", message)) and type(known.get(match[1])) in KINDS:
+        return f"{match[1]}={match[2]} must be {KINDS[type(known[match[1]])][1]}."
+    return message.removeprefix("flag ")
+
+
+def _config_flag(argv: list[str]) -> str:
+    """The value of --config in `argv`, or ''."""
+    for i, argument in enumerate(argv):
+        if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
+            return match[2] if match[1] else "".join(argv[i + 1 : i + 2])
+    return ""
+
+
+def load_config(name: str) -> Mapping:
+    """The config of FILE or FILE:VARIANT; raises `UserError`, with the line, if the file has a mistake."""
+    file, _, variant = name.partition(":")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if not get_config:
+            raise UserError(f"--config={file} has no function get_config().")
+        if variant and not inspect.signature(get_config).parameters:
+            raise UserError(f"{file} has no variants, so none called {variant!r}.")
+        config = get_config(*[variant] * bool(variant))
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        message = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
+        raise UserError(
+            f"--config={file} cannot be loaded: {message}{f' (line {lines[-1]})' if lines else ''}"
+        ) from error
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"--config={file}: get_config() returns no ConfigDict: {shown(config)}.")
+    return config
+
+
+def _check_overrides(argv: list[str], name: str, known: Mapping) -> None:
+    """Refuses an override of a field that the config does not have; raises `UserError`."""
+    for argument in argv:
+        if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument)) and match[1] not in known:
+            section, _, _ = match[1].rpartition(".")
+            near = [field for field in known if section and field.startswith(section + ".")] or known
+            raise UserError(f"{name} has no field {shown(match[1])}; {nearest(match[1], near)}")
+
+
+def field_names(config: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """All fields of a config with their values: ('model', …), ('model.lrn', True), …"""
+    for key, value in config.items():
+        yield prefix + key, value
+        if hasattr(value, "items"):
+            yield from field_names(value, f"{prefix}{key}.")

@@ -1,0 +1,150 @@
+"""The forms of `models.layers` for a platform without better ones, which today are GPUs and TPUs.
+
+They differ from the plain forms in their gradients: response normalisation computes its sums again instead of keeping
+them, and max-pooling keeps the place of each maximum in its window. The tests hold each to its plain form, forward and
+backward. A function NAME_gradient takes the gradient of the loss by the output of NAME, g, back to its inputs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from models import layers
+from models.layers import output_size, sum_dtype
+
+# Convolution: XLA's own.
+
+
+def conv(x, kernel, *, stride, padding):
+    """See `layers.conv`."""
+    return layers.conv(x, kernel, stride=stride, padding=padding)
+
+
+def conv_input_gradient(x, kernel, g, *, stride, padding):
+    """The gradient by x, in its shape."""
+    return jax.vjp(lambda x: conv(x, kernel, stride=stride, padding=padding), x)[1](g)[0]
+
+
+def conv_kernel_gradient(x, kernel, g, *, stride, padding):
+    """The gradient by the kernel, in its shape."""
+    return jax.vjp(lambda kernel: conv(x, kernel, stride=stride, padding=padding), kernel)[1](g)[0]
+
+
+# Response normalisation: y = x · s^-power with s = constant + scale · (window sums of x²).
+
+
+def pad(x, axis, before, after, value=0):
+    """Pads one axis with a value."""
+    widths = [(before, after, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)]
+    return lax.pad(x, jnp.array(value, x.dtype), widths)
+
+
+def window_sum(x, axis, before, after):
+    """Sums over a window along `axis`, from `before` elements before each to `after` behind it, zeros outside."""
+    padded = pad(x, axis, before, after)
+    shifted = (lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(before + after + 1))
+    return functools.reduce(jnp.add, shifted)
+
+
+def sum_of_maps(x, before, after, *, groups):
+    """Sums over a window of maps around each map, within its group."""
+    apart = x.reshape(*x.shape[:-1], groups, -1)
+    return window_sum(apart, apart.ndim - 1, before, after).reshape(x.shape)
+
+
+def sum_of_pixels(x, before, after):
+    """Sums over a square window of pixels around each pixel."""
+    return window_sum(window_sum(x, 1, before, after), 2, before, after)
+
+
+def _inverse_power(s, power):
+    if power == 0.75:  # the paper's; a general power is slower
+        return lax.rsqrt(s) * lax.sqrt(lax.rsqrt(s))
+    return s**-power
+
+
+def normalize(x, *, sums, size, constant, scale, power):
+    """Response normalisation with `sums(values, before, after)` over windows of `size`."""
+    wide = x.astype(sum_dtype(x.dtype))
+    s = constant + scale * sums(jnp.square(wide), size // 2, size - 1 - size // 2)
+    return (wide * _inverse_power(s, power)).astype(x.dtype)
+
+
+def normalize_gradient(x, g, *, sums, size, constant, scale, power):
+    """The gradient of `normalize` by x."""
+    before, after = size // 2, size - 1 - size // 2
+    wide, g = (v.astype(sum_dtype(x.dtype)) for v in (x, g))
+    s = constant + scale * sums(jnp.square(wide), before, after)
+    shrunk = g * _inverse_power(s, power)
+    through_s = sums(shrunk * wide / s, after, before)  # from all whose windows hold this element
+    return (shrunk - 2 * power * scale * wide * through_s).astype(x.dtype)
+
+
+def _across_maps(function, *arrays, k, n, alpha, beta, groups):
+    sums = functools.partial(sum_of_maps, groups=groups)
+    return function(*arrays, sums=sums, size=n, constant=k, scale=alpha, power=beta)
+
+
+local_response_normalization = functools.partial(_across_maps, normalize)
+local_response_normalization_gradient = functools.partial(_across_maps, normalize_gradient)
+spatial_response_normalization = functools.partial(normalize, sums=sum_of_pixels)
+spatial_response_normalization_gradient = functools.partial(normalize_gradient, sums=sum_of_pixels)
+
+
+# Pooling: strided slices instead of windows. Maxima and means go along one axis and then along the other.
+
+
+def _slices(x, axis, window, stride, outside):
+    """One slice for each place in the window: element i of slice j is x[i · stride + j]."""
+    count = output_size(x.shape[axis], window, stride)
+    reach = (count - 1) * stride + 1
+    x = pad(x, axis, 0, max(0, reach + window - 1 - x.shape[axis]), outside)
+    return [lax.slice_in_dim(x, j, j + reach, stride, axis) for j in range(window)]
+
+
+def max_pool(x, *, window, stride):
+    """See `layers.max_pool`."""
+    rows = functools.reduce(jnp.maximum, _slices(x, 2, window, stride, -jnp.inf))
+    return functools.reduce(jnp.maximum, _slices(rows, 1, window, stride, -jnp.inf))
+
+
+def max_pool_and_places(x, *, window, stride):
+    """The maxima, and the number of the place in its window, row by row, at which each first stands."""
+    y, last = max_pool(x, window=window, stride=stride), window**2 - 1
+    rows = _slices(x, 1, window, stride, -jnp.inf)
+    slices = [part for row in rows for part in _slices(row, 2, window, stride, -jnp.inf)]
+    place = jnp.full(y.shape, last, np.min_scalar_type(last))
+    for k in reversed(range(last)):
+        place = jnp.where(slices[k] == y, jnp.asarray(k, place.dtype), place)
+    return y, place
+
+
+def max_pool_gradient(place, g, *, window, stride, shape):
+    """The gradient of `max_pool` by its input of the given shape, from the places of the maxima."""
+
+    def spread(row, column):
+        """What passes to this place of every window, at that pixel."""
+        passed = jnp.where(place == row * window + column, g, 0).astype(sum_dtype(g.dtype))
+        widths = [(0, 0, 0)] * g.ndim
+        for axis, before in ((1, row), (2, column)):
+            reach = (g.shape[axis] - 1) * stride + 1
+            widths[axis] = (before, shape[axis] - before - reach, stride - 1)
+        return lax.pad(passed, jnp.zeros((), passed.dtype), widths)
+
+    total = functools.reduce(jnp.add, (spread(i, j) for i in range(window) for j in range(window)))
+    return total.astype(g.dtype)
+
+
+def avg_pool(x, *, window, stride):
+    """See `layers.avg_pool`; its gradient is JAX's own."""
+    mean = x.astype(sum_dtype(x.dtype))
+    for axis in (1, 2):
+        size = x.shape[axis]
+        starts = np.arange(output_size(size, window, stride)) * stride
+        inside = np.minimum(starts + window, size) - starts
+        total = functools.reduce(jnp.add, _slices(mean, axis, window, stride, 0))
+        mean = total / jnp.asarray(np.expand_dims(inside, [a for a in range(x.ndim) if a != axis]), mean.dtype)
+    return mean.astype(x.dtype)
