@@ -1,10 +1,10 @@
 """Devices: the only file that knows `pmap`, device grids and named axes.
 
-The devices form a grid of *networks* × *towers* over one flat axis. With `devices_per_network=2`, devices 2r and
-2r+1 hold network r, one tower each, as the two GPUs of 2012 did (paper, section 3.2 and figure 2); with 1, every
-device holds a whole network. Networks are replicas of one another: each sees its own rows of the batch.
+The devices form a grid of *networks* × *towers* over one flat axis. With `devices_per_network=2`, devices 2r and 2r+1
+hold network r, one tower each, as the two GPUs of 2012 did (paper, section 3.2 and figure 2). With 1, every device holds
+a whole network. Networks are replicas of one another: each sees its own rows of the batch.
 
-A *merged* tree is the ordinary one, with whole arrays in the host's memory; that is what is initialised and what a
+A *merged* tree is the ordinary one, with whole arrays in the host's memory. It is what is initialised, and what a
 checkpoint stores. A *sharded* tree has the same leaves with a leading axis over this process's devices, cut along the
 last axis into one part per tower. Scalars are copied to every device.
 """
@@ -47,7 +47,7 @@ class Towers:
 
     @property
     def split_over_devices(self) -> bool:
-        """True where each device computes a single tower of several."""
+        """Whether each device computes a single tower of several."""
         return self.here < self.total
 
     def ids(self) -> list[int | jax.Array]:
@@ -59,7 +59,7 @@ class Towers:
     def share(self, features: int) -> int:
         """How many of a layer's `features` output maps are computed here, padding included.
 
-        An odd number of classes is padded to an even one where the towers are on two devices; `Layout.shard` and
+        If the towers are on two devices, an odd number of classes is padded to an even one; `Layout.shard` and
         `Layout.merge` add and drop the padding.
         """
         return -(-features // self.total) if self.split_over_devices else features
@@ -79,14 +79,14 @@ class Layout:
     """A grid of networks × towers over the devices of all processes.
 
     Args:
-      devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2
-        where the network has two towers and each process an even number of devices, else 1.
+      devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2 if
+        the network has two towers and each process has an even number of devices, else 1.
       towers: how many towers the network has.
-      batch_size: rows of a global batch, checked here because it must divide over the devices; 0 leaves it unchecked.
+      batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
       devices: the devices of this process to use, all by default.
 
     Raises:
-      UserError: the numbers do not go together; the sentence says which would.
+      UserError: the numbers do not fit together; the sentence names some that do.
     """
 
     def __init__(
@@ -227,10 +227,10 @@ class Layout:
         return jax.pmap(on_device, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
     def in_place(self, function: Callable) -> Callable:
-        """A function of trees, in `map`, of which each leaf of the result can take the place of a donated one.
+        """Lets each leaf of a function's result take the place of a donated one; for functions of trees, inside `map`.
 
-        It is computed along an axis of length 1, such as `pmap` takes off and puts on again. With a change of shape in
-        between, XLA computes what two results share for each of them, and copies first what it overwrites.
+        The function is computed along an axis of length 1, which `pmap` removes and adds again. If its arrays changed
+        their shape there, XLA would compute what two results share once for each, and copy what it overwrites.
         """
 
         @functools.wraps(function)
@@ -241,14 +241,14 @@ class Layout:
         return along
 
     def gather_rows(self, batch: Tree) -> Tree:
-        """The rows of this device's whole network: its own, and those sent to the device of the other tower."""
+        """The rows of this device's network: its own, and those on the device of the other tower."""
         if self.devices_per_network == 1:
             return batch
         gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, axis_index_groups=self._tower_groups)
         return jax.tree.map(gather, batch)
 
     def row_numbers(self, count: int) -> jax.Array:
-        """Where the `count` rows of this device's network stand in the global batch."""
+        """The numbers, in the global batch, of the `count` rows of this device's network."""
         network = jax.lax.axis_index(AXIS) // self.devices_per_network
         return network * count + jnp.arange(count)
 
@@ -265,7 +265,7 @@ class Layout:
         return jax.lax.psum(tree, AXIS, axis_index_groups=self._network_groups)
 
     def drifted(self, tree: Tree) -> list[str]:
-        """The leaves of a sharded tree, by path, that are not the same bit for bit in all networks."""
+        """The paths of the leaves of a sharded tree whose bits differ between networks."""
         if self.networks == 1:
             return []
         same = first(self._same(tree))
@@ -286,7 +286,7 @@ class Layout:
 def addressable(leaf: jax.Array) -> list[np.ndarray]:
     """What each of this process's devices holds of a sharded leaf, in the order of the devices.
 
-    Goes by the shards because indexing a stacked array starts a computation.
+    It reads the shards, because indexing a stacked array would start a computation.
     """
     shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return [np.asarray(shard.data)[0] for shard in shards]

@@ -77,7 +77,7 @@ class Training:
 
 
 def _resident(process: int) -> list[int]:
-    """Bytes of a process in memory; [] of one that has ended, and where there is no /proc."""
+    """Bytes of a process in memory; [] if it has ended, or if the system has no /proc."""
     try:
         status = pathlib.Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def _resident(process: int) -> list[int]:
 
 
 def configured(arguments: Sequence[str], overrides: Sequence[str]) -> Any:
-    """The config that main.py makes of its arguments and a user's further ones; raises `UserError` where it would."""
+    """The config that main.py makes of these arguments; raises `UserError` if main.py would refuse them."""
     values, argv = flags.FlagValues(), ["main.py", *arguments, *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     halves = {"first_half": training.memory[:half], "second_half": training.memory[half:]}
     return {
         "batch_size": batch,
-        "width": config.model.width,
+        "width": config.model.get("width", 1.0),
         "devices": devices,
         "steps": config.num_steps,
         "rounds": args.rounds,

@@ -51,7 +51,7 @@ def start(cache: pathlib.Path) -> tuple[float, float]:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Measures starts, of which the second must compute what the first did; raises `UserError` where it does not."""
+    """Measures pairs of starts; raises `UserError` if the second start computes something else than the first."""
     firsts, seconds = [], []
     for number in range(rounds + 1):
         with tempfile.TemporaryDirectory() as cache:

@@ -162,7 +162,7 @@ def run(config, args) -> dict[str, Any]:
     best = {name: min(values) for name, values in seconds.items()}
     values = {
         "batch_size": batch,
-        "width": config.model.width,
+        "width": config.model.get("width", 1.0),
         "dtype": config.model.dtype,
         "devices": args.devices,
         "images_per_second": batch / best["jax training"],

@@ -64,17 +64,12 @@ class Records:
     @classmethod
     def open(cls, directory: pathlib.Path) -> "Records":
         """Opens the folder that `prepare` returned; raises `UserError` if something in it is damaged."""
-        examples = summary(directory).examples
         with _damage(directory, directory):
             features = _features(directory)
+            (directory / "label.labels.txt").read_text(encoding="utf-8")  # TFDS would make up what it cannot read
             with quiet():
                 info = tensorflow_datasets().builder_from_directory(directory).info
-            splits, size = info.splits, info.features["image"].shape[0]
-            if (found := {name: split.num_examples for name, split in splits.items()}) != examples:
-                raise ValueError(f"it has {found} examples, but {examples} were prepared")
-            # TFDS would make up names if the file were missing.
-            names = (directory / "label.labels.txt").read_text(encoding="utf-8").split("\n")
-            names = tuple(name.strip() for name in names if name.strip())
+            splits, names, size = info.splits, tuple(info.features["label"].names), info.features["image"].shape[0]
             if len(names) != int(features["label"]["classLabel"]["numClasses"]):
                 raise ValueError("label.labels.txt does not name its classes")
             files = {}
@@ -134,14 +129,12 @@ class Summary:
     Attributes:
       origin: the folder or TFDS name that the images come from.
       train_split: the split whose statistics were taken.
-      examples: number of images by split.
       unreadable: a line for each file that was left out, with the reason.
       overlaps: by (split, training split) that share images, a sentence that warns of it.
     """
 
     origin: str
     train_split: str
-    examples: dict[str, int]
     unreadable: list[str]
     overlaps: dict[tuple[str, str], str]
 
@@ -154,7 +147,6 @@ def summary(directory: pathlib.Path) -> Summary:
         return Summary(
             origin=found["origin"],
             train_split=found["train_split"],
-            examples=dict(found["examples"]),
             unreadable=[f"{item['file']}: {item['reason']}" for item in found["unreadable"]],
             # Sets of earlier versions say nothing about overlaps.
             overlaps=overlaps.sentences(found.get("overlap", {}), found.get("overlap_as", {})),
@@ -282,15 +274,10 @@ def prepare(
                     print(f"passed over: {sum(others.values()):,} files with other suffixes ({suffixes})")
                 _write(source, final, size, train_split, allow_unreadable, max_pixels)
     found = summary(final)
-    if not sources.is_origin(found.origin, dataset_name):
+    if not sources.is_origin(found.origin, dataset_name) or found.train_split != train_split:
         raise UserError(
-            f"{final.parent} was prepared from {found.origin}, not from {dataset_name}; rename one of the two folders, "
-            f"or delete the prepared one."
-        )
-    if found.train_split != train_split:
-        raise UserError(
-            f"{final.parent} has the mean image of its split {found.train_split!r}, not of {train_split!r}; delete it "
-            f"to prepare it again."
+            f"{final.parent} was prepared from {found.origin} with the mean image of {found.train_split!r}, not from "
+            f"{dataset_name} with that of {train_split!r}; delete it, or rename one of the two data sets."
         )
     return final
 

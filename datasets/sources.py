@@ -128,13 +128,11 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
     for name in names:
         if printable(name) != name or name.strip() != name:  # TFDS strips names, and drops a blank one
             raise UserError(
-                f"The class folder {str(root / train_split / name)!r} needs a printable name, without spaces around it."
+                f"The folder {str(root / train_split / name)!r} needs a printable name, without spaces around it."
             )
     for split, others in classes.items():
         if not re.fullmatch(r"[\w-]+", split, re.ASCII) or split == "all":
-            raise UserError(
-                f"{printable(str(root / split))}: a split's name takes letters, digits, - and _, not 'all'."
-            )
+            raise UserError(f"{root / split}: a split's name takes letters, digits, - and _, not 'all'.")
         if strangers := sorted(set(others) - set(names)):
             raise UserError(f"{root / split / strangers[0]} is a class that {root / train_split} does not have.")
 
@@ -188,7 +186,7 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
             _check_at_hand(builder, directory / "downloads", manual)
             config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None, try_download_gcs=False)
-            print(f"TFDS puts {name} into {builder.data_path}, once.", flush=True)
+            print(f"TFDS prepares {name} in {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
                 builder.download_and_prepare(download_config=config, file_format=None)
     except (AssertionError, OSError, tarfile.TarError, tf.errors.OpError, tfds.core.download.DownloadError) as error:

@@ -1,5 +1,7 @@
 """The network against the NumPy reference, and its sizes against the published ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,8 @@ import optimizer
 import recipes
 import reference
 import update
-from configs import alexnet
 from common.errors import UserError
+from configs import alexnet, cifar10
 from models.alexnet import LAYERS
 
 
@@ -31,25 +33,32 @@ def layer_table(variant=""):
     return models.layer_table(config.model, config.input.crop)
 
 
-def case(order="paper", **model):
-    config = recipes.narrow(order=order, **model)
+@functools.cache
+def initial(exchange):
+    network = update.build_network(recipes.narrow(exchange=exchange))
+    return jax.device_get(jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, 67, 67, 3))))["params"]
+
+
+def case(order="paper", exchange=("conv3", "fc6", "fc7")):
+    config = recipes.narrow(order=order, exchange=exchange)
     random = np.random.default_rng(3)
     images = random.normal(0, 60, (6, 67, 67, 3)).astype(np.float32)
     labels = random.integers(0, 7, 6)
-    network = update.build_network(config)
-    params = jax.device_get(network.init(jax.random.key(1), images))["params"]
+    network, params = update.build_network(config), initial(exchange)
     # Weights twice as wide as the recipe's: every layer then matters for the loss of so narrow a network.
     params = jax.tree.map(lambda leaf: (2 * leaf).astype(np.float32), params)
     return config, network, params, images, labels
 
 
-@pytest.mark.parametrize("order", ["paper", "2012"])
-@pytest.mark.parametrize("exchange", [("conv3", "fc6", "fc7"), (), ("conv2", "conv4", "conv5", "fc7")])
+@pytest.mark.parametrize(
+    ("order", "exchange"),
+    [("paper", ("conv3", "fc6", "fc7")), ("2012", ()), ("paper", ("conv2", "conv4", "conv5", "fc7"))],
+)
 def test_logits_are_the_references(order, exchange):
-    _, network, params, images, _ = case(order, exchange=exchange)
+    _, network, params, images, _ = case(order, exchange)
     logits, _ = reference.forward(params, images, exchange=exchange, order=order)
     assert np.std(logits, axis=0).max() > 1e-4, "the network says the same of every image"
-    close(network.apply({"params": params}, images), logits)
+    close(jax.jit(network.apply)({"params": params}, images), logits)
 
 
 @pytest.mark.parametrize("order", ["paper", "2012"])
@@ -57,7 +66,7 @@ def test_three_updates_with_dropout_are_the_references(order):
     """Losses, gradients and parameters over three updates at a rate at which they change."""
     config, network, params, images, labels = case(order)
     config.optimizer.bias_rate = 2.0
-    rule = optimizer.build(config.optimizer, optimizer.Rates(config.optimizer, config.schedule, 10.0))
+    rule, of_config = optimizer.build(config), optimizer.Rates(config, 10.0)
     opt_state = rule.init(params)
     exact, velocity = as_float64(params), jax.tree.map(np.zeros_like, as_float64(params))
     rates = {name: {"kernel": 0.02, "bias": 0.04} for name in params}
@@ -83,7 +92,7 @@ def test_three_updates_with_dropout_are_the_references(order):
         for name in params:
             for kind in params[name]:
                 close(gradients[name][kind], exact_gradients[name][kind], f"gradient of {name}/{kind}, step {step}")
-        updates, opt_state = rule.update(gradients, opt_state, params, step=step, rate_factor=np.float32(1))
+        updates, opt_state = rule.update(gradients, opt_state, params, rates=of_config.tree(params, step))
         params = optax.apply_updates(params, updates)
         exact, velocity = reference.update(exact, velocity, exact_gradients, rates)
         for name in params:
@@ -133,21 +142,24 @@ def test_towers_do_not_see_each_other_but_where_they_exchange():
     """Without exchange, the other tower's kernels change nothing before fc8."""
     _, network, params, images, _ = case(exchange=())
     params["fc8"]["kernel"][params["fc8"]["kernel"].shape[0] // 2 :] = 0  # fc8 reads tower 0 alone
-    before = network.apply({"params": params}, images)
+    forward = jax.jit(network.apply)
+    before = forward({"params": params}, images)
     for name in LAYERS[:-1]:
         for leaf in params[name].values():
             leaf[..., leaf.shape[-1] // 2 :] += 1
-    np.testing.assert_array_equal(network.apply({"params": params}, images), before)
+    np.testing.assert_array_equal(forward({"params": params}, images), before)
 
 
 @pytest.mark.parametrize("name", LAYERS[1:-1])
 def test_any_middle_layer_can_be_left_out(name):
-    config = recipes.narrow(without=(name,))
-    network = update.build_network(config)
-    images = np.random.default_rng(0).normal(0, 60, (2, 67, 67, 3)).astype(np.float32)
-    params = network.init(jax.random.key(0), images)["params"]
-    assert set(params) == set(LAYERS) - {name}
-    assert np.isfinite(network.apply({"params": params}, images)).all()
+    """The layers that are left see as many pixels as before."""
+    rows, whole = (models.layer_table(recipes.narrow(without=without).model, 67) for without in ((name,), ()))
+    assert [(row.name, row.output) for row in rows] == [(row.name, row.output) for row in whole if row.name != name]
+    maps = {row.name: row.kernel[-2] for row in rows}
+    below = LAYERS[LAYERS.index(name) - 1]
+    seen = next(row.output[-1] for row in rows if row.name == below)
+    above = LAYERS[LAYERS.index(name) + 1]
+    assert maps[above] == (seen if above in ("conv3", "fc6", "fc7", "fc8") else seen // 2)
 
 
 def test_initial_weights():
@@ -158,7 +170,7 @@ def test_initial_weights():
         config.model.init = init
         config.model.features = (96, 256, 384, 384, 256, 512, 512)
         network = update.build_network(config)
-        return jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+        return jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 67, 67, 3)))["params"]
 
     for init, conv4 in (("paper", 0.01), ("2012", 0.03)):
         tree = params(init)
@@ -173,22 +185,23 @@ def test_initial_weights():
 
 
 def test_dropout_masks_follow_the_example_not_its_place():
-    _, network, params, images, _ = case()
-    rngs = {"dropout": jax.random.key(0)}
-    together = network.apply({"params": params}, images, train=True, rngs=rngs)
-    apart = network.apply({"params": params}, images[2:4], train=True, rows=jnp.array([2, 3]), rngs=rngs)
-    close(apart, together[2:4])
-    other = network.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)})
-    assert not np.allclose(other, together)
+    _, network, params, _, _ = case()
+    maps = np.random.default_rng(0).normal(size=(6, 1, 1, 32)).astype(np.float32)
+
+    def logits(maps, key, rows=None):
+        rngs = {"dropout": jax.random.key(key)}
+        return network.apply({"params": params}, maps, True, rows, method="fully_connected", rngs=rngs)
+
+    together = logits(maps, 0)
+    close(logits(maps[2:4], 0, jnp.array([2, 3])), together[2:4])
+    assert not np.allclose(logits(maps, 1), together)
 
 
-def test_bfloat16_keeps_float32_parameters_and_logits():
+def test_bfloat16_rounds_what_lies_between():
     config, _, params, images, _ = case()
     config.model.dtype = "bfloat16"
     network = update.build_network(config)
-    logits = network.apply({"params": params}, images)
-    assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(network.init(jax.random.key(0), images))} == {jnp.dtype("float32")}
+    logits = jax.jit(network.apply)({"params": params}, images)
     exact, _ = reference.forward(params, images)
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.05
@@ -196,8 +209,8 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
 
 def test_cifar_network_is_layers_19pct():
     """Four layers of 2012's example-layers: maps 32, 32, 64, 10 and 32 → 16 → 8 → 4 pixels."""
-    network = models.build(dict(name="cifar", towers=1), None, 32)
-    params = network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    network = models.build(cifar10.get_config().model, None, 32)
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     shapes = {name: leaves["kernel"].shape for name, leaves in params.items()}
     assert shapes == {"conv1": (5, 5, 3, 32), "conv2": (5, 5, 32, 32), "conv3": (5, 5, 32, 64), "fc10": (1024, 10)}
     assert float(params["conv1"]["kernel"].std()) == pytest.approx(1e-4, rel=0.05)
@@ -209,7 +222,7 @@ def test_cifar_network_is_layers_19pct():
         (dict(name="alexnot"), "did you mean alexnet"),
         (dict(activation="rleu"), "did you mean relu"),
         (dict(without=("conv1",)), "takes layers of conv2"),
-        (dict(exchange=("conv9",)), "model.exchange names 'conv9'"),
+        (dict(exchange=("conv9",)), r"model.exchange=\('conv9',\) takes layers of conv2"),
         (dict(without="conv4x"), "with its comma"),
         (dict(towers=3), "model.towers=3"),
         (dict(width=0.0), "model.width=0.0"),

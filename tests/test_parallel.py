@@ -1,5 +1,6 @@
 """The project's central promise: how the devices lie changes nothing but the speed."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -25,10 +26,23 @@ from runs import ROOT
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
 
 
-def run(config, layout, steps, mean_image=None, merged=None):
+def make_layout(name):
+    devices, per_network = LAYOUTS[name]
+    return parallel.Layout(per_network, devices=jax.devices()[:devices])
+
+
+def build(config, name, mean_image):
+    layout = make_layout(name)
+    return layout, update.build_step(config, layout, mean_image, optimizer.Rates(config, 5.0))
+
+
+@functools.cache  # a step compiles for seconds
+def narrow_step(name):
+    return build(recipes.narrow(), name, recipes.mean_image())
+
+
+def run(config, layout, step, steps, merged=None):
     """Trains from the seed or from a merged state; returns the losses, the merged state, and the sharded one."""
-    mean_image = recipes.mean_image() if mean_image is None else mean_image
-    step = update.build_step(config, layout, mean_image, optimizer.Rates(config, 5.0))
     state = layout.shard(merged or jax.device_get(update.init_state(config)))
     losses = []
     for i in range(int(merged.step) if merged else 0, steps):
@@ -37,14 +51,13 @@ def run(config, layout, steps, mean_image=None, merged=None):
     return losses, layout.merge(state, setup.state_shapes(config)), state
 
 
-def make_layout(name):
-    devices, per_network = LAYOUTS[name]
-    return parallel.Layout(per_network, devices=jax.devices()[:devices])
+def run_narrow(name, steps, merged=None):
+    return run(recipes.narrow(), *narrow_step(name), steps, merged)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return run(recipes.narrow(), make_layout("one device"), 10)
+    return run_narrow("one device", 10)
 
 
 @pytest.mark.parametrize("cores,devices,parts", [(1, 1, 1), (2, 1, 2), (2, 2, 1), (8, 2, 2)])
@@ -63,7 +76,7 @@ def test_parts_of_the_batch_train_alike(alone, monkeypatch):
     spare = make_layout("one device").towers(2).cores >= 2
     monkeypatch.setattr(host, "cores", lambda: 1 if spare else 2)
     assert (make_layout("one device").towers(2).cores >= 2) != spare
-    losses, state, _ = run(recipes.narrow(), make_layout("one device"), 10)
+    losses, state, _ = run(recipes.narrow(), *build(recipes.narrow(), "one device", recipes.mean_image()), 10)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
@@ -96,7 +109,7 @@ def test_in_place_the_update_is_the_same(name):
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
 def test_layouts_agree(alone, name):
     """Ten steps with dropout and lighting; 7 classes, which two towers cannot share evenly."""
-    losses, state, sharded = run(recipes.narrow(), make_layout(name), 10)
+    losses, state, sharded = run_narrow(name, 10)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-3), "nothing was learned, so nothing is shown"
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     for (path, mine), theirs in zip(
@@ -125,13 +138,12 @@ def test_layouts_agree(alone, name):
 )
 def test_a_checkpoint_continues_on_other_devices(alone, tmp_path, before, after):
     """Five steps here and five there, with a checkpoint in between: the losses of ten on one device."""
-    config = recipes.narrow()
-    first, state, _ = run(config, make_layout(before), 5)
+    first, state, _ = run_narrow(before, 5)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, state, {})
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        restored, _ = checkpoints.restore_latest(setup.state_shapes(config))
-    second, _, _ = run(config, make_layout(after), 10, merged=restored)
+        restored, _ = checkpoints.restore_latest(setup.state_shapes(recipes.narrow()))
+    second, _, _ = run_narrow(after, 10, restored)
     np.testing.assert_allclose(first + second, alone[0], rtol=1e-4)
 
 
@@ -160,7 +172,7 @@ def test_full_width_layouts_agree():
     config.optimizer.learning_rate = (
         0.001  # at 0.02 the loss overshoots to 10, where rounding errors grow a hundredfold
     )
-    seen = [run(config, make_layout(name), 3, recipes.mean_image(256))[0] for name in ("one device", "towers")]
+    seen = [run(config, *build(config, name, recipes.mean_image(256)), 3)[0] for name in ("one device", "towers")]
     assert seen[0][-1] != pytest.approx(seen[0][0], rel=1e-3)
     np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
 

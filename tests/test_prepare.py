@@ -102,8 +102,10 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, ca
 
 def test_another_folder_of_the_same_name_is_not_mixed_up(tmp_path):
     prepare(data.make_folder(tmp_path / "one/photos", {"train": 2}), tmp_path)
-    with pytest.raises(UserError, match=r"was prepared from .*one/photos, not from .*two/photos"):
+    with pytest.raises(UserError, match=r"was prepared from .*one/photos with .* not from .*two/photos with"):
         prepare(data.make_folder(tmp_path / "two/photos", {"train": 2}), tmp_path)
+    with pytest.raises(UserError, match=r"with the mean image of 'train', not from .* with that of 'val'; delete it"):
+        prepare(tmp_path / "one/photos", tmp_path, train_split="val")
 
 
 def test_a_folder_of_any_name_is_prepared(tmp_path):
@@ -362,7 +364,12 @@ def test_hostile_files_become_records_or_a_line_each(tmp_path):
         np.testing.assert_allclose(pixels[:, -14:].mean((0, 1)), right, atol=6, err_msg=name)
 
 
-MANY_CORES = "import runpy; from common import host; host.cores = lambda: 16; runpy.run_module('tools.prepare', None, '__main__')"
+MANY_CORES = """
+import runpy
+from common import host
+host.cores = lambda: 16
+runpy.run_module('tools.prepare', run_name='__main__')
+"""
 
 
 def test_many_cores_do_not_hold_many_large_images_at_once(tmp_path):

@@ -97,8 +97,8 @@ def test_archives_write_nothing_beside_the_data(tmp_path):
     assert not pathlib.Path("/evil.tar").exists()
     assert not pathlib.Path("/evil.JPEG").exists()
     # What is stored is what is named as images of ImageNet are.
-    examples = prepared.summary(directory).examples
-    assert examples == {split: len(files) for split, files in synsets.items()}
+    opened = prepared.Records.open(directory)
+    assert {split: opened.num_examples(split) for split in opened.splits} == {s: len(f) for s, f in synsets.items()}
 
 
 # Says which hosts Python asks for while it prepares few shapes, a miniature ImageNet, and what the flags name.

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import datasets
 from common.errors import UserError
-from datasets import progress, sources
+from datasets import prepared, progress, sources
 
 
 def contents(file):
@@ -101,3 +102,37 @@ def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch)
     for name in ("x" * 300, "/" + "x" * 300, "no/" + "x" * 300):
         with pytest.raises(UserError, match="too long a name"):
             sources.prepared_name(name)
+
+
+MINIATURE = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+class Miniature(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+        features = {"image": image, "label": tfds.features.ClassLabel(names=["a", "b"])}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(6):
+            yield i, {"image": np.full((20, 20, 3), 40 * i, np.uint8), "label": i % 2}
+"""
+
+
+def test_a_further_data_set_is_one_module_and_its_entry(tmp_path, monkeypatch):
+    (tmp_path / "miniature.py").write_text(MINIATURE)
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
+    monkeypatch.setattr(datasets, "BUILDERS", (*datasets.BUILDERS, "miniature"))
+    datasets.tensorflow_datasets.cache_clear()
+    opened = prepared.Records.open(prepared.prepare("miniature", data_dir=str(tmp_path / "data"), size=20))
+    assert opened.class_names == ("a", "b")
+    found = {data.decoded(image).mean(): label for image, label in data.stored(opened, "train").values()}
+    assert found == {40 * i: i % 2 for i in range(6)}
+    with pytest.raises(UserError, match="did you mean miniature"):
+        sources.open_source("minature", "data")

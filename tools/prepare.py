@@ -35,8 +35,8 @@ def main(_) -> None:
     summary, records = prepared.summary(directory), prepared.Records.open(directory)
     print(f"records      {directory}")
     print(f"from         {summary.origin}")
-    for split, count in summary.examples.items():
-        print(f"{split:<12} {count:,} images")
+    for split in records.splits:
+        print(f"{split:<12} {records.num_examples(split):,} images")
     print(f"classes      {records.num_classes}")
     print(f"mean RGB     {np.round(records.mean_image.mean((0, 1)), 2)}")
     print(f"principal σ  {np.round(records.principal_std, 2)}")

@@ -1,0 +1,134 @@
+"""The interface of a network, held by each one in the registry."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from common.errors import UserError
+from configs import alexnet, cifar10, torchvision
+from parallel import Towers
+
+# The recipe of each network, and the smallest images that tests run it on.
+RECIPES = {"alexnet": (alexnet, 67), "cifar": (cifar10, 32), "torchvision": (torchvision, 67)}
+
+
+def model(recipe, **changes):
+    found = RECIPES[recipe][0].get_config().model.to_dict()
+    return found | ({"width": 0.0625} if "width" in found else {}) | changes
+
+
+def build(recipe, towers=None, **changes):
+    return models.build(model(recipe, **changes), towers, RECIPES[recipe][1])
+
+
+def images(name, count=1):
+    side = RECIPES[name][1]
+    return np.random.default_rng(0).normal(0, 1, (count, side, side, 3)).astype(np.float32)
+
+
+def test_every_network_has_a_recipe_here():
+    assert set(RECIPES) == set(models.MODELS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_call_parameters_and_steps(name):
+    network, seen = build(name, num_classes=7, dtype="bfloat16"), set()
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, models.MODELS[name]):
+            seen.add(context.method_name)
+        return call(*args, **kwargs)
+
+    def run(key, images):
+        variables = network.init(key, images)
+        with nn.intercept_methods(note):
+            logits = network.apply(variables, images, train=True, rows=jnp.arange(2) + 5, rngs={"dropout": key})
+        return logits, variables
+
+    logits, variables = jax.eval_shape(run, jax.random.key(0), images(name, 2))
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    assert set(variables) == {"params"}
+    assert all(set(leaves) == {"kernel", "bias"} for leaves in variables["params"].values())
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert {"activate", "pool"} <= seen & set(models.STEPS)
+    optional = {"convolutional", "fully_connected", "maps", "validate", "setup", "__call__"}
+    public = {method for method in seen if not method.startswith("_")}
+    assert public <= set(models.STEPS) | optional, "a step whose name is not in models.STEPS"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_config_has_every_number(name):
+    """No field has a default, so a recipe without a line for it is refused."""
+    fields = [field for field in dataclasses.fields(models.MODELS[name]) if field.name not in ("parent", "name")]
+    assert all(field.default is field.default_factory is dataclasses.MISSING for field in fields)
+    whole = model(name)
+    assert {"num_classes", "towers", "dtype"} < set(whole)
+    assert len(whole) == len(fields), "the config has a name, and no placement"
+    for field in set(whole) - {"name"}:
+        without = {key: value for key, value in whole.items() if key != field}
+        with pytest.raises(UserError, match=rf"The config has no field model\.{field}"):
+            models.build(without, None, RECIPES[name][1])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(num_classes=1), "model.num_classes=1 must lie between"),
+        (dict(num_classes=10.0), "model.num_classes=10.0 must be an integer"),
+        (dict(dtype="float16"), "model.dtype='float16' is not known"),
+        (dict(towers=3), "model.towers=3"),
+        (dict(tower=1), "model.tower is no field of .*did you mean towers"),
+        (dict(placement=None), "model.placement is no field"),
+        (dict(name="nothing_alike"), "model.name='nothing_alike' is not known"),
+        (dict(name=3), "model.name=3 must be text"),
+    ],
+)
+def test_what_cannot_work_is_refused(name, change, says):
+    with pytest.raises(UserError, match=says):
+        models.build(model(name) | change, None, RECIPES[name][1])
+
+
+def test_json_and_integers_pass():
+    """JSON has lists instead of tuples, and writes 1.0 as 1 where a user did."""
+    network = build("alexnet", exchange=["conv3"], width=1, without="conv4")
+    assert (network.exchange, network.width, network.without) == (("conv3",), 1, ("conv4",))
+
+
+@pytest.mark.parametrize("count", [6, 3])
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_even_batch_goes_in_halves_if_there_are_cores(name, count):
+    towers, x = model(name)["towers"], images(name, count)
+    for cores in (1, 2):
+        network = build(name, Towers(towers, towers, cores=cores))
+        text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), x))
+        split = cores == 2 and count == 6 and hasattr(models.MODELS[name], "convolutional")
+        assert (f"f32[{count // 2},{x.shape[1]},{x.shape[1]},3]" in text) == split
+
+
+def test_layer_table_is_in_order_of_computation(monkeypatch):
+    class Backwards(nn.Module):
+        towers: int
+        num_classes: int
+        dtype: str
+        placement: Towers
+
+        def setup(self):
+            self.b, self.a = nn.Dense(4), nn.Dense(self.num_classes)
+
+        def __call__(self, images, *, train=False, rows=None):
+            x = self.b(images.mean((1, 2)))
+            self.sow("intermediates", "a_joined", x)
+            return self.a(x)
+
+        def validate(self, image_size):
+            pass
+
+    monkeypatch.setitem(models.MODELS, "backwards", Backwards)
+    rows = models.layer_table(dict(name="backwards", num_classes=5, towers=2, dtype="float32"), 8)
+    assert rows == [models.Row("b", (4,), (3, 4), 16, 12, 0), models.Row("a", (5,), (4, 5), 25, 20, 2)]
