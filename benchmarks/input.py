@@ -1,23 +1,22 @@
-"""Images a second of the input pipeline, beside raw libjpeg-turbo and a Pillow loader: `python -m benchmarks.input`.
+"""Images a second of the input pipeline, raw libjpeg-turbo and a Pillow loader: `python -m benchmarks.input`.
 
     python -m benchmarks.input --photographs=ROOT                   a folder ROOT/train/CLASS/*.jpg
     python -m benchmarks.input --photographs=ROOT --size=500        scaled to ImageNet's usual size first
 
-What is compared works on a sample of the same photographs, on all cores, in turn, round by round:
+The candidates work on a sample of the same photographs, on all cores, in turn, round by round:
 
-    records           batches for training from prepared records: random crop, reflection, lighting
-    raw               libjpeg-turbo on the bytes of the same records and the same windows of them, and nothing else: the
-                      limit
-    to_record         photographs to records, encoded: what `tools.prepare` does to each image
-    prepare           the whole of `tools.prepare`, its start and the writing of the files with it
-    pil               photographs to batches for training as PyTorch users load them: Pillow, the shorter side to 256,
-                      random crop, reflection, standardised floats, in one process for each core
+    records           training batches from prepared records: random crop, reflection, lighting
+    raw               the limit: libjpeg-turbo alone, on the same windows of the same records
+    to_record         photographs to encoded records: what `tools.prepare` does to each image
+    prepare           all of `tools.prepare`, with its start and the writing of the files
+    pil               photographs to training batches as PyTorch users load them, one process a core: Pillow, the
+                      shorter side to 256, random crop, reflection, standardised floats
 
-From these comes `from_photographs`, a view in a run of the paper's 90 epochs that begins with photographs: an
+`from_photographs` follows from these: the cost of a view in the paper's 90 epochs if they begin with photographs. Each
 image is prepared once, and read as a record in each epoch.
 
-`records` and `pil` are timed between batches of a stream that was under way before and goes on afterwards, so that
-neither their start nor what was prepared ahead counts. Processor time is that of all threads and of worker processes.
+The streams of `records` and `pil` run before and after the measurement, so neither their start nor batches prepared
+ahead count. Processor time is that of all threads and worker processes.
 """
 
 import argparse
@@ -31,7 +30,6 @@ import multiprocessing
 import os
 import pathlib
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +41,14 @@ from PIL import Image
 import datasets.images
 import input_pipeline
 from benchmarks import measure
+from benchmarks.photographs import measures, sample
 from common import host
 from common.errors import UserError, check_ranges
 from common.exits import fail
-from datasets import prepared, sources
+from datasets import prepared
 
 CORES = host.cores()
 AHEAD = 4 + 2 * CORES  # batches; no loader here prepares more in advance
-JPEG_QUALITY = 92  # of scaled photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what PyTorch users standardise with
 
 Work = Callable[[], tuple[int, float, float]]
@@ -60,82 +58,35 @@ class Timed:
     """A candidate for `measure.interleaved` that notes processor time too.
 
     Args:
-      work: does some work; returns how many images that were, the seconds and the processor seconds.
+      work: does some work; returns the number of images, the seconds and the processor seconds.
 
     Attributes:
-      cpu_seconds: processor seconds of an image, by round.
+      cpu_seconds: processor seconds an image, by round.
     """
 
     def __init__(self, work: Work):
         self._work, self.cpu_seconds = work, []
 
     def __call__(self) -> float:
-        """Seconds of an image."""
+        """Seconds an image."""
         images, seconds, cpu_seconds = self._work()
         self.cpu_seconds.append(cpu_seconds / images)
         return seconds / images
 
 
 def clock(images: int, function: Callable[[], Any]) -> tuple[int, float, float]:
-    """Calls a function that handles `images`; returns these, the seconds and this process's processor seconds."""
+    """Calls a function that handles `images` images; returns `images`, seconds and this process's processor seconds."""
     seconds, cpu_seconds = time.perf_counter(), time.process_time()
     function()
     return images, time.perf_counter() - seconds, time.process_time() - cpu_seconds
 
 
-def sample(photographs: pathlib.Path, into: pathlib.Path, images: int, size: int) -> list[pathlib.Path]:
-    """Copies photographs of the training split, spread evenly over it, to `into`/train/CLASS, unless they are there.
-
-    Args:
-      photographs: a folder ROOT with ROOT/train/CLASS/*.jpg.
-      images: how many, or all where there are fewer.
-      size: pixels of the longer side, to which they are scaled, and encoded again; 0 leaves them as they are.
-
-    Returns:
-      The copies.
-
-    Raises:
-      UserError: there is no such folder, nothing in it, or something that cannot be read.
-    """
-    if not into.exists():
-        partial = into.with_name(f".{into.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
-        files = list(sources.open_source(str(photographs.absolute()), "").files("train"))
-        chosen = np.linspace(0, len(files) - 1, min(images, len(files))).round().astype(int)
-
-        def copy(number):
-            file = files[number]
-            to = partial / file.name
-            try:
-                to.parent.mkdir(parents=True, exist_ok=True)
-                with file.open() as stream:
-                    data = stream.read()
-                to.write_bytes(_scaled(data, size) if size else data)
-            except OSError as error:
-                raise UserError(f"{file.name} of {photographs} cannot be copied to {into}: {error}.") from None
-
-        with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
-            collections.deque(pool.map(copy, chosen.tolist()), maxlen=0)
-        partial.rename(into)
-    return sorted(path for path in into.rglob("*") if path.is_file())
-
-
-def _scaled(data: bytes, size: int) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
-    scale, file = size / max(rgb.size), io.BytesIO()
-    rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC).save(
-        file, "JPEG", quality=JPEG_QUALITY
-    )
-    return file.getvalue()
-
-
 def records(opened: prepared.Records, config: Any, images: int) -> tuple[int, float, float]:
-    """Draws training batches from prepared records; see `Timed` for what is returned.
+    """Draws training batches from prepared records; returns what `Timed` takes.
 
     Args:
       opened: the prepared set.
-      config: a whole config, of which `input`, `dataset.train_split`, `batch_size` and `seed` count.
+      config: a config; `input`, `dataset.train_split`, `batch_size` and `seed` of it count.
       images: a multiple of the batch size.
     """
     batches = input_pipeline.train_batches(
@@ -159,7 +110,7 @@ def _draw(batches: Iterator, count: int) -> None:
 
 
 def _settle() -> None:
-    """Waits until what a stream has left under way is done."""
+    """Waits until the threads of a closed stream are idle."""
     cpu_seconds = -1.0
     while time.process_time() > cpu_seconds + 0.01:
         cpu_seconds = time.process_time()
@@ -167,7 +118,7 @@ def _settle() -> None:
 
 
 class Raw:
-    """Decodes with libjpeg-turbo, in as many threads as the pipeline, the windows that `records` is timed on.
+    """libjpeg-turbo on the windows that `records` is timed on, in as many threads as the pipeline has.
 
     Args:
       opened, config, images: as for `records`.
@@ -188,7 +139,7 @@ class Raw:
         corner, *_ = input_pipeline.draw_views(opened, config.input, len(index), config.seed, places)
         self.windows = np.concatenate([corner, np.full_like(corner, config.input.crop)], axis=1)
         self._threads = config.input.threads or CORES
-        # Several parts for each thread, so that none is done long before the last.
+        # Several parts for each thread, so that all threads end at about the same time.
         parts = np.array_split(np.arange(images), min(images, 8 * self._threads))
         self._parts = [
             (tf.constant([self.encoded[i] for i in part]), tf.constant(self.windows[part])) for part in parts
@@ -209,19 +160,19 @@ class Raw:
         import tensorflow as tf
 
         def decode(i, total):
-            # The graph would leave out what nobody uses.
+            # A graph leaves out what nobody uses, so a value of each image is used.
             return i + 1, total + tf.cast(self._decode(encoded[i], windows[i])[0, 0, 0], tf.int32)
 
         return tf.while_loop(lambda i, _: i < tf.size(encoded), decode, (0, 0), parallel_iterations=1)[1]
 
     def decode(self) -> tuple[int, float, float]:
-        """Decodes all; see `Timed` for what is returned."""
+        """Decodes all; returns what `Timed` takes."""
         with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             return clock(len(self.encoded), lambda: list(pool.map(lambda part: self._graph(*part), self._parts)))
 
 
 def to_record(files: Sequence[pathlib.Path], config: Any) -> tuple[int, float, float]:
-    """Makes records of photographs, and forgets them; see `Timed` for what is returned."""
+    """Makes records of photographs, and forgets them; returns what `Timed` takes."""
 
     def make(file):
         datasets.images.to_record(file.read_bytes(), config.input.resize, config.dataset.max_pixels)
@@ -231,7 +182,7 @@ def to_record(files: Sequence[pathlib.Path], config: Any) -> tuple[int, float, f
 
 
 def prepare(photographs: pathlib.Path, images: int, config: Any) -> tuple[int, float, float]:
-    """Prepares a folder of photographs, and removes the records; see `Timed` for what is returned."""
+    """Prepares a folder of photographs, and removes the records; returns what `Timed` takes."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         size = config.input.resize
         return clock(images, lambda: prepared.prepare(str(photographs), data_dir=folder, size=size))
@@ -266,7 +217,7 @@ class Photographs:
 
 
 def pil(photographs: Photographs, batch_size: int, images: int) -> tuple[int, float, float]:
-    """Draws batches of views from worker processes, new ones each time; see `Timed` for what is returned.
+    """Draws batches of views from worker processes, new ones each time; returns what `Timed` takes.
 
     Args:
       photographs: the data set.
@@ -285,15 +236,15 @@ def pil(photographs: Photographs, batch_size: int, images: int) -> tuple[int, fl
     with contextlib.closing(_batches_of(photographs, numbers.tolist(), batch_size)) as batches:
         draw(AHEAD)
         found, seconds, cpu_seconds = clock(images, lambda: draw(count))
-        # What the workers did up to their first batch was their start.
+        # Before their first batch the workers were starting.
         workers = sum(at[-1] - at[0] for at in stamps.values()) / sum(len(at) - 1 for at in stamps.values())
     return found, seconds, cpu_seconds + count * workers
 
 
 def _batches_of(photographs: Photographs, numbers: list[int], batch_size: int) -> Iterator:
-    """Yields of each batch its views, the process that made it and the processor seconds of that process until then.
+    """Yields for each batch its views, the process that made it and that process's processor seconds so far.
 
-    As in PyTorch's loader batches cross in shared memory and each worker is two ahead; it is a little faster than that.
+    It works like PyTorch's loader, and is a little faster: batches cross in shared memory, each worker is two ahead.
     """
     context, places = multiprocessing.get_context("spawn"), 2 * CORES + 1
     shape = places, batch_size, photographs.crop, photographs.crop, 3
@@ -320,14 +271,8 @@ def _fill(place: int, numbers: list[int]) -> tuple[int, float]:
     return os.getpid(), time.process_time()
 
 
-def _measures(file: pathlib.Path) -> tuple[int, int]:
-    """Pixels and bytes of a photograph."""
-    with Image.open(file) as image:
-        return image.width * image.height, file.stat().st_size
-
-
 def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures with the views of a config; raises `UserError` where a flag or the photographs cannot work."""
+    """Measures with the views of a config; raises `UserError` if a flag or the photographs cannot work."""
     check_ranges(vars(args), {"images": (1, 1 << 20), "rounds": (1, 1000), "size": (0, 4096)}, "--")
     host.keep_freed_memory()  # main.py does the same
     images = -(-args.images // config.batch_size) * config.batch_size
@@ -349,9 +294,9 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
             "prepare": Timed(functools.partial(prepare, folder / name, len(files), config)),
             "pil": Timed(functools.partial(pil, loaded, config.batch_size, images)),
         }
-        raw.decode(), to_record(files[:64], config)  # the others warm up, or have already
+        raw.decode(), to_record(files[:64], config)  # warm-up; the others have theirs
         seconds = measure.interleaved(candidates, args.rounds)
-        pixels, size = zip(*map(_measures, files), strict=True)
+        pixels, size = zip(*map(measures, files), strict=True)
     cpu_seconds = {name: candidate.cpu_seconds for name, candidate in candidates.items()}
     for of in seconds, cpu_seconds:
         both = zip(of["prepare"], of["records"], strict=True)

@@ -1,5 +1,7 @@
 """What the command lines of this project share: reading a config, and ending every mistake in one sentence."""
 
+import ast
+import contextlib
 import inspect
 import re
 import runpy
@@ -123,12 +125,21 @@ def load_config(name: str) -> Mapping:
 
 
 def _check_overrides(argv: list[str], name: str, known: Mapping) -> None:
-    """Refuses an override of a field that the config does not have; raises `UserError`."""
+    """Refuses an override of a field that the config does not have, and a tuple too deep to parse; raises `UserError`."""
     for argument in argv:
-        if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument)) and match[1] not in known:
-            section, _, _ = match[1].rpartition(".")
-            near = [field for field in known if section and field.startswith(section + ".")] or known
-            raise UserError(f"{name} has no field {shown(match[1])}; {nearest(match[1], near)}")
+        if not (match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL)):
+            continue
+        field, value = match.groups()
+        if field not in known:
+            section, _, _ = field.rpartition(".")
+            near = [other for other in known if section and other.startswith(section + ".")] or known
+            raise UserError(f"{name} has no field {shown(field)}; {nearest(field, near)}")
+        if isinstance(known[field], tuple):
+            try:
+                with contextlib.suppress(SyntaxError, ValueError, TypeError):  # ml_collections takes these as text
+                    ast.literal_eval(value)
+            except (MemoryError, RecursionError):
+                raise UserError(f"{field}={shown(value)} is too deep.") from None
 
 
 def field_names(config: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

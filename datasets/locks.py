@@ -1,4 +1,4 @@
-"""A lock by which one process at a time does something, whichever machine it runs on."""
+"""A lock file, by which one process at a time does something."""
 
 import contextlib
 import fcntl

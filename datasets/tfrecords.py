@@ -1,8 +1,8 @@
 """Random access to TFRecord files: records are read by number.
 
 A record is its length (uint64), a checksum (4 bytes), the data, and a checksum (4 bytes). The lengths alone say where
-every record lies, so they are stored beside the files in index.npz, as one int64 array by file name. To find them again
-costs one small read a record: minutes for ImageNet on a disk, at every start.
+every record lies, so they are stored beside the files in index.npz, as one int64 array by file name. Reading them from
+the files instead costs one small read a record, at every start: minutes for ImageNet if the files are not cached.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import os
 import pathlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -26,34 +26,39 @@ class Index:
 
     Attributes:
       files: the TFRecord files.
-      rows: (N, 3) int64, of each record its file's number, and its data's offset and length in bytes.
+      rows: (N, 3) int64; for each record the number of its file, and the offset and length of its data in bytes.
     """
 
     files: tuple[pathlib.Path, ...]
     rows: np.ndarray
 
     @classmethod
-    def open(cls, files: Sequence[pathlib.Path]) -> "Index":
+    def open(cls, counts: Mapping[pathlib.Path, int]) -> "Index":
         """Opens the index of all TFRecord files of a folder; makes and stores it if there is none.
+
+        Args:
+          counts: the number of records of each file.
 
         Raises:
           ValueError, OSError or what NumPy raises: the index or a file is damaged, or they do not fit together.
         """
-        path = files[0].with_name(NAME)
-        if path.exists():
-            with path.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:  # pickles can run code
-                lengths = [arrays[file.name] for file in files]
+        stored = next(iter(counts)).with_name(NAME)
+        if found := stored.exists():
+            with stored.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:  # pickles can run code
+                lengths = {file: arrays[file.name] for file in counts}
         else:
-            lengths = [scan(file) for file in files]
-            _store(path, {file.name: array for file, array in zip(files, lengths, strict=True)})
-        rows = [np.empty((0, 3), np.int64)]
-        for number, (file, array) in enumerate(zip(files, lengths, strict=True)):
-            size = file.stat().st_size
-            ends = np.cumsum(array + FRAME)
+            lengths = {file: scan(file) for file in counts}
+        rows = []
+        for number, (file, array) in enumerate(lengths.items()):
+            if len(array) != counts[file]:
+                raise ValueError(f"{file.name} has {len(array):,} records, not {counts[file]:,}")
+            ends, size = np.cumsum(array + FRAME), file.stat().st_size
             if (end := ends[-1] if len(ends) else 0) != size:
                 raise ValueError(f"{file.name} is {'cut short' if size < end else 'too long'}")
             rows.append(np.stack([np.full_like(ends, number), ends - array + HEADER - FRAME, array], axis=1))
-        return cls(tuple(files), np.concatenate(rows))
+        if not found:
+            _store(stored, lengths)
+        return cls(tuple(counts), np.concatenate(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,13 +101,13 @@ def scan(file: pathlib.Path) -> np.ndarray:
     return np.array(lengths, np.int64)
 
 
-def _store(path: pathlib.Path, lengths: dict[str, np.ndarray]) -> None:
+def _store(path: pathlib.Path, lengths: Mapping[pathlib.Path, np.ndarray]) -> None:
     """Writes the index whole or, in a folder that cannot be written, not at all."""
     partial = path.with_name(f".{NAME}.{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         try:
-            with partial.open("wb") as file:
-                np.savez(file, **lengths)
+            with partial.open("wb") as opened:
+                np.savez(opened, **{file.name: array for file, array in lengths.items()})
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

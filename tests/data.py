@@ -69,9 +69,7 @@ def stored(records: prepared.Records, split: str) -> dict[str, tuple[bytes, int]
     examples = tfds.builder_from_directory(records.directory).as_dataset(
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    found = [(os.fsdecode(e["file_name"]), (e["image"], int(e["label"]))) for e in examples.as_numpy_iterator()]
-    assert len(dict(found)) == len(found)
-    return dict(found)
+    return {os.fsdecode(e["file_name"]): (e["image"], int(e["label"])) for e in examples.as_numpy_iterator()}
 
 
 def decoded(file: bytes) -> np.ndarray:
@@ -82,10 +80,10 @@ def decoded(file: bytes) -> np.ndarray:
 def make_miniature_imagenet(
     manual_dir: pathlib.Path, per_class: int = 2, validation: int = 10, size: int | tuple[int, int] = (96, 80)
 ) -> dict[str, dict[str, str]]:
-    """Writes the archives from which TFDS prepares `imagenet2012`: the true structure and names, few and small images.
+    """Writes the archives of `imagenet2012` with their true structure and names, but few and small images.
 
-    The validation archive has the first `validation` images of the true one. The training archive has one archive for
-    each of their synsets, of `per_class` images.
+    The validation archive has the first `validation` images of the true one. The training archive has one archive of
+    `per_class` images for each of their synsets.
 
     Returns:
       The synset of every file, by split: {'train': {'n01440764_0.JPEG': 'n01440764', …}, 'validation': …}.
@@ -116,7 +114,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(entry, io.BytesIO(data))
 
 
-# Files of which some can be used and some cannot.
+# Usable and unusable files.
 
 LEFT, RIGHT = (200, 60, 40), (40, 80, 190)  # the halves of most of them
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -130,7 +128,7 @@ def halves(left=LEFT, right=RIGHT, mode: str = "RGB", size: tuple[int, int] = (6
 
 
 def png(width: int, height: int, depth: int, kind: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG put together by hand from chunks after its header."""
+    """A PNG made by hand of a header and these chunks."""
     chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)), *chunks, (b"IEND", b"")
     framed = (
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
@@ -152,7 +150,7 @@ def jpeg_markers(file: bytes) -> list[int]:
 
 
 def declare(jpeg: bytes, **fields: int) -> bytes:
-    """A JPEG whose frame header says something else: `marker`, `precision`, `height`, `width`."""
+    """A JPEG whose frame header is changed: `marker`, `precision`, `height`, `width`."""
     (at,) = (at for at in jpeg_markers(jpeg) if jpeg[at + 1] in (0xC0, 0xC2))
     names = "marker", "length", "precision", "height", "width"
     header = dict(zip(names, struct.unpack_from(">BHBHH", jpeg, at + 1), strict=True))
@@ -160,13 +158,13 @@ def declare(jpeg: bytes, **fields: int) -> bytes:
 
 
 def gif(screen: int, frame: int) -> bytes:
-    """A GIF that declares a square screen and a square frame, and has no pixels to speak of."""
+    """A GIF that declares a square screen and a square frame, and has next to no pixels."""
     header = b"GIF89a" + struct.pack("<HH", screen, screen) + b"\x80\0\0" + bytes(6)
     return header + b"," + struct.pack("<HHHH", 0, 0, frame, frame) + b"\0" + b"\x02\x02\x4c\x01\0;"
 
 
 def tiff(width: int, height: int) -> bytes:
-    """A greyscale TIFF in one strip that is not there."""
+    """A greyscale TIFF whose only strip is missing."""
     tags = (
         (256, width),
         (257, height),
@@ -183,11 +181,11 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, tuple], dict[str, str]]:
-    """Writes files of all kinds into the folder `home`, and some into `outside` to which links in it lead.
+    """Writes files of all kinds into the folder `home`, and the targets of some links into `outside`.
 
     Returns:
-      The files that are images: name → the mean colours of their left and their right half, from what they were made
-      of. And those that are not: name → part of the reason.
+      The usable images: name → the mean colours of the left and the right half of what they were made from.
+      The other files: name → part of the reason.
     """
     rgb, (width, height) = halves(), (60, 60)
     jpeg, progressive = encoded(rgb), encoded(rgb, progressive=True)
@@ -263,9 +261,9 @@ def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, t
             png(large, large, 8, 2, (b"IDAT", zlib.compress((b"\0" + bytes(LEFT) * large) * large, 1))),
             (LEFT, LEFT),
         ),
-        # says that it is taller, and ends as it should: libjpeg makes the rest grey, and tells nobody
+        # declares more rows than it has: libjpeg makes them grey without a word
         "taller.jpg": (declare(jpeg, height=6000), ((128,) * 3,) * 2),
-        # ten rows are wanted, and 64 MiB come out of the file
+        # ten rows are declared, and 64 MiB come out of the file
         "inflates.png": (png(10, 10, 8, 2, (b"IDAT", zlib.compress(bytes(1 << 26), 1))), (BLACK, BLACK)),
     }
     for name, (file, _) in good.items():

@@ -188,7 +188,7 @@ with (workdir / "metrics.jsonl").open("w") as file:
 
 def test_a_run_is_read_without_its_first_interval(tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text(PROGRAM)
-    monkeypatch.setattr(end_to_end, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
     monkeypatch.setattr(end_to_end, "SECONDS_BETWEEN_SAMPLES", 0.05)
     training = end_to_end.Training(["--config=x"], log_every=2)
     assert training() == pytest.approx((1 / 100 + 1 / 50) / 2)
@@ -229,7 +229,7 @@ print(f"step 3  loss {losses[known]}  top1_error 1.0")
     ],
 )
 def test_starts_are_timed_to_the_first_step(tmp_path, monkeypatch, losses, message):
-    monkeypatch.setattr(start, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
     (tmp_path / "main.py").write_text(f"losses = {losses}{MAIN}")
     if message:
         with pytest.raises(UserError, match=re.escape(message)):

@@ -22,7 +22,7 @@ def test_two_cues_of_shapes_leave_classes_open():
         assert all(values.count(value) >= 3 for value in set(values))
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(1200, marks=pytest.mark.slow)])
 def test_shapes_are_not_told_apart_by_linear_classifiers(count):
     """Ridge regression on pixels at three sizes stays above half wrong, whatever its penalty."""
     labels, of_train = np.arange(count) % 10, count * 3 // 4
