@@ -165,8 +165,8 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         if (self._path(step) / "meta").is_dir():
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; use "
-                f"that version, or take another --workdir."
+                f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; "
+                f"use that version, or take another --workdir."
             )
         try:
             record = dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"])
@@ -256,7 +256,7 @@ class Checkpoints:
         return {*steps[-2:], _best({step: self._errors.get(step) for step in steps})}
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Answers Orbax, which asks what stays. Its own `BestN` needs a file of metrics, whose damage blocks a start."""
+        """Tells Orbax what stays. Its own `BestN` needs a file of metrics, whose damage would block every start."""
         del context
         kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.errors import UserError, check_name, check_ranges, nearest, shown
+from common.errors import check_name, check_ranges, nearest, require, shown
 
 OPTIMIZERS = ("sgd", "adam")
 # Updates are counted in an int32.
@@ -89,10 +89,7 @@ class Rates:
         """Raises `UserError` if `schedule.layers` names something that `params`, {layer: {kind: …}}, does not have."""
         known = {"kernel", "bias", *params, *(f"{layer}/{kind}" for layer in params for kind in params[layer])}
         for name in self._factors:
-            if name not in known:
-                raise UserError(
-                    f"schedule.layers names {name!r}, which the network does not have: {nearest(name, known)}"
-                )
+            require(name in known, f"schedule.layers names {name!r}, which is not there: {nearest(name, known)}")
 
     def tree(self, params: Mapping[str, Any], step: jax.Array | int, rate_factor: jax.Array | float = 1.0) -> Any:
         """A tree of scalar rates with the structure of `params`; `rate_factor` multiplies them all."""
@@ -170,37 +167,30 @@ def validate(config) -> None:
     check_name("schedule.name", options.name, SCHEDULES)
     rates = {"learning_rate": (0, 1e3), "momentum": (0, 0.9999), "weight_decay": (0, 1e3), "bias_rate": (0, 1e3)}
     check_ranges(config.optimizer, rates, "optimizer.")
-    counts = {"patience": (1, 1_000_000), "reductions": (1, 1_000_000), "warmup": (0, 1e6)}
-    check_ranges(options, counts, "schedule.")
-    if options.factors and options.name != "steps":
-        raise UserError(f"schedule.factors goes with schedule.name='steps', not with {options.name!r}.")
-    if options.name == "plateau" and not (config.eval_every.epochs or config.eval_every.steps):
-        raise UserError(
-            "eval_every.epochs and eval_every.steps are both 0, so no evaluation would ever lower the rate; set one of "
-            "them, or use schedule.name='steps'."
-        )
+    check_ranges(options, {"patience": (1, 1_000_000), "reductions": (1, 1_000_000), "warmup": (0, 1e6)}, "schedule.")
+    steps, plateau = options.name == "steps", options.name == "plateau"
+    require(steps or not options.factors, f"schedule.factors goes with schedule.name='steps', not {options.name!r}.")
+    measured = config.eval_every.epochs or config.eval_every.steps
+    require(measured or not plateau, "eval_every.epochs and eval_every.steps are both 0: a plateau needs evaluations.")
     _check_factors("schedule.factors", options.factors)
-    if not all(_is_pair(pair) and isinstance(pair[0], str) for pair in options.layers):
-        raise UserError(
-            f"schedule.layers={shown(options.layers)} must be (layer, factors) pairs, such as "
-            f"(('conv1', ((67.0, 0.0),)),) with its commas."
-        )
-    names = [name for name, _ in options.layers]
-    if len(names) != len(set(names)):
-        raise UserError(f"schedule.layers={shown(options.layers)} names a layer twice.")
+    pairs = all(_is_pair(pair) and isinstance(pair[0], str) for pair in options.layers)
+    require(
+        pairs and len(dict(options.layers)) == len(options.layers),
+        f"schedule.layers={shown(options.layers)} must be (layer, factors) pairs of different layers, such as "
+        f"(('conv1', ((67.0, 0.0),)),) with its commas.",
+    )
     for name, factors in options.layers:
         _check_factors(f"schedule.layers[{name!r}]", factors)
 
 
 def _check_factors(field: str, factors: Any) -> None:
     pairs = isinstance(factors, list | tuple) and all(_is_pair(f) and all(map(_is_number, f)) for f in factors)
-    epochs = [epoch for epoch, _ in factors] if pairs else []
     in_range = pairs and all(0 <= epoch <= 1e6 and 0 <= factor <= 1e3 for epoch, factor in factors)
-    if not in_range or epochs != sorted(epochs):
-        raise UserError(
-            f"{field}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, such as ((30.0, 0.1),) "
-            f"with its comma; epochs lie between 0 and 1e6, factors between 0 and 1e3."
-        )
+    require(
+        in_range and list(factors) == sorted(factors, key=lambda pair: pair[0]),
+        f"{field}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, such as ((30.0, 0.1),) with "
+        f"its comma; epochs lie between 0 and 1e6, factors between 0 and 1e3.",
+    )
 
 
 def _is_pair(value) -> bool:

@@ -1,8 +1,8 @@
 """Devices: the only file that knows `pmap`, device grids and named axes.
 
 The devices form a grid of *networks* × *towers* over one flat axis. With `devices_per_network=2`, devices 2r and 2r+1
-hold network r, one tower each, as the two GPUs of 2012 did (paper, section 3.2 and figure 2). With 1, every device holds
-a whole network. Networks are replicas of one another: each sees its own rows of the batch.
+hold network r, one tower each, as the two GPUs of 2012 did (paper, section 3.2 and figure 2). With 1, every device
+holds a whole network. Networks are replicas of one another: each sees its own rows of the batch.
 
 A *merged* tree is the ordinary one, with whole arrays in the host's memory. It is what is initialised, and what a
 checkpoint stores. A *sharded* tree has the same leaves with a leading axis over this process's devices, cut along the
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common import host
-from common.errors import UserError
+from common.errors import require
 
 AXIS = "devices"
 Tree = Any
@@ -101,32 +101,22 @@ class Layout:
         local = len(self.local_devices)
         if devices_per_network == 0:
             devices_per_network = 2 if towers == 2 and local % 2 == 0 else 1
-        if devices_per_network not in (1, 2):
-            raise UserError(
-                f"parallel.devices_per_network={devices_per_network}: a network lies on 1 device or on 2, one tower "
-                "each (0 chooses)."
-            )
-        if devices_per_network == 2 and towers != 2:
-            raise UserError(
-                f"parallel.devices_per_network=2 needs a network of two towers, this one has model.towers={towers}; "
-                "use --config.parallel.devices_per_network=1."
-            )
-        if local % devices_per_network:
-            raise UserError(
-                f"parallel.devices_per_network=2 needs an even number of devices in each process, here there "
-                f"{'is 1' if local == 1 else f'are {local}'}: use --config.parallel.devices_per_network=1, or "
-                f"--cpu_devices={local + 1} to simulate {local + 1} devices."
-            )
-        self.size = local * jax.process_count()
-        if devices is None and self.size != jax.device_count():
-            raise UserError(
-                f"This process has {local} devices, but all {jax.process_count()} together have {jax.device_count()}; "
-                f"each must have the same number."
-            )
-        if batch_size % self.size:
-            below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
-            near = f"{below} or {above}" if below else f"{above}"
-            raise UserError(f"batch_size={batch_size} does not divide over {self.size} devices; {near} would.")
+        field, cure = "parallel.devices_per_network", "use --config.parallel.devices_per_network=1"
+        require(devices_per_network in (1, 2), f"{field}={devices_per_network}: a network lies on 1 device or on 2.")
+        fits = devices_per_network == 1 or towers == 2
+        require(fits, f"{field}=2 needs two towers, and this network has model.towers={towers}; {cure}.")
+        require(
+            local % devices_per_network == 0,
+            f"{field}=2 needs an even number of devices in each process, not {local}: {cure}, or simulate more by "
+            f"--cpu_devices={local + 1}.",
+        )
+        self.size, together = local * jax.process_count(), jax.device_count()
+        sentence = f"Each of {jax.process_count()} processes must have as many devices: this has {local} of {together}."
+        require(devices is not None or self.size == together, sentence)
+        below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
+        near = f"{below} or {above}" if below else f"{above}"
+        fits = batch_size % self.size == 0
+        require(fits, f"batch_size={batch_size} does not divide over {self.size} devices; {near} would.")
         self.devices_per_network = devices_per_network
         self.networks = self.size // devices_per_network
         grid = np.arange(self.size).reshape(self.networks, devices_per_network)

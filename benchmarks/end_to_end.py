@@ -131,10 +131,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     arguments = [f"--config={measure.ROOT / 'configs/alexnet.py'}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     config = configured(arguments, overrides)
+    schema.validate(config)
     opened = prepared.open_records(config.dataset, config.input, warn=False)
     arguments.append(f"--config.model.num_classes={opened.num_classes}")
     config = configured(arguments, overrides)
-    schema.validate(config)
 
     devices = len(jax.devices())
     on_cpu = [f"--cpu_devices={args.cpu_devices}"] if args.cpu_devices else []
@@ -144,7 +144,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     bare = step.Step(bare_config, devices, config.parallel.devices_per_network)
     bare.train()
     batch = config.batch_size
-    pipeline = input_benchmark.Timed(functools.partial(input_benchmark.records, opened, config, PIPELINE_BATCHES * batch))
+    pipeline = input_benchmark.Timed(
+        functools.partial(input_benchmark.records, opened, config, PIPELINE_BATCHES * batch)
+    )
     candidates = {
         "end_to_end": training,
         "step": lambda: measure.clock(bare.train, args.seconds) / batch,

@@ -125,7 +125,7 @@ def load_config(name: str) -> Mapping:
 
 
 def _check_overrides(argv: list[str], name: str, known: Mapping) -> None:
-    """Refuses an override of a field that the config does not have, and a tuple too deep to parse; raises `UserError`."""
+    """Raises `UserError` for an override of a field that is not there, or of a tuple too deep to parse."""
     for argument in argv:
         if not (match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL)):
             continue

@@ -18,6 +18,12 @@ class UserError(Exception):
     """What the user asked for cannot be done; the message says why in one clear sentence."""
 
 
+def require(condition: Any, sentence: str) -> None:
+    """Raises `UserError` with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Ends an error sentence with the known names nearest to `name`, or with all of them."""
     known = sorted(known)
@@ -41,8 +47,8 @@ def shortened(text: str) -> str:
 def check_type(field: str, value: Any, kind: type) -> None:
     """Refuses a value that is not of `kind`; an integer passes as a number, and a list as a tuple."""
     allowed, name = KINDS[kind]
-    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        raise UserError(f"{field}={shown(value)} must be {name}.")
+    matches = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
+    require(matches, f"{field}={shown(value)} must be {name}.")
 
 
 def check_ranges(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
@@ -54,8 +60,8 @@ def check_ranges(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
       prefix: of the fields' names, such as 'model.'.
     """
     for field, (low, high) in bounds.items():
-        if not low <= values[field] <= high:
-            raise UserError(f"{prefix}{field}={shown(values[field])} must lie between {low} and {high}.")
+        value = values[field]
+        require(low <= value <= high, f"{prefix}{field}={shown(value)} must lie between {low} and {high}.")
 
 
 def check_name(field: str, value: str, known: Iterable[str]) -> None:

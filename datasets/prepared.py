@@ -209,8 +209,11 @@ def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
         fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
         raise UserError(f"{', '.join(fields)}: {error}") from error
     records = Records.open(found)
-    for split in (dataset.train_split, dataset.eval_split):
-        records.num_examples(split)  # raises if there is no such split
+    for field in ("train_split", "eval_split"):
+        try:
+            records.num_examples(dataset[field])
+        except UserError as error:
+            raise UserError(f"dataset.{field}: {error}") from error
     if warn:
         for sentence in overlaps.between(records, summary(found).overlaps, dataset.train_split, dataset.eval_split):
             print(sentence, file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common.errors import UserError, check_name, check_ranges, check_type, nearest
+from common.errors import check_name, check_ranges, check_type, nearest, require
 from models import cpu
 from models.alexnet import AlexNet
 from models.cifar import CifarNet
@@ -64,15 +64,13 @@ def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.M
     network_class = MODELS[name]
     types = _field_types(network_class)
     for field, value in fields.items():
-        if field not in types:
-            raise UserError(f"model.{field} is no field of {name}: {nearest(field, types)}")
+        require(field in types, f"model.{field} is no field of {name}: {nearest(field, types)}")
         if types[field] is tuple and isinstance(value, str):
             value = (value,)  # it would pass for a tuple of letters
         check_type(f"model.{field}", value, types[field])
         fields[field] = tuple(value) if types[field] is tuple else value
     for field in types:
-        if field not in fields:
-            raise UserError(f"The config has no field model.{field}, which {name} needs.")
+        require(field in fields, f"The config has no field model.{field}, which {name} needs.")
     check_name("model.dtype", fields["dtype"], ("float32", "bfloat16"))
     check_ranges(fields, {"num_classes": (2, 1 << 20)}, "model.")
     if "init" in fields:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common.errors import UserError, check_name, check_ranges, shown
+from common.errors import UserError, check_name, check_ranges, require, shown
 from models import ops, towers
 from models.layers import ACTIVATIONS, output_size
 from parallel import Towers
@@ -194,21 +194,18 @@ class AlexNet(nn.Module):
         check_name("model.activation", self.activation, ACTIVATIONS)
         check_name("model.order", self.order, ORDERS)
         check_name("model.init", self.initial_weights, DEVIATIONS)
-        if self.towers not in FEATURES:
-            raise UserError(
-                f"model.towers={shown(self.towers)}: the network has 2 towers, or 1 (the paper's one-GPU network)."
-            )
+        require(self.towers in FEATURES, f"model.towers={shown(self.towers)}: it is 2, or 1 for the one-GPU network.")
         for field, names in (("exchange", self.exchange), ("without", self.without)):
-            if not all(name in LAYERS[1:-1] for name in names):
-                raise UserError(
-                    f"model.{field}={shown(names)} takes layers of conv2 to fc7, such as ('conv4',) with its comma."
-                )
-        counts = [n for n in self.features if type(n) is int and self.towers <= n <= 1 << 20]
-        if self.features and not len(self.features) == len(counts) == 7:
-            raise UserError(
-                f"model.features={shown(self.features)} must give 7 counts of maps, conv1 to fc7, each between "
-                f"{self.towers} and {1 << 20}, or none: ()."
+            known = all(name in LAYERS[1:-1] for name in names)
+            require(
+                known, f"model.{field}={shown(names)} takes layers of conv2 to fc7, such as ('conv4',) with its comma."
             )
+        counts = [n for n in self.features if type(n) is int and self.towers <= n <= 1 << 20]
+        require(
+            not self.features or len(self.features) == len(counts) == 7,
+            f"model.features={shown(self.features)} must give 7 counts of maps, conv1 to fc7, each between "
+            f"{self.towers} and {1 << 20}, or none: ().",
+        )
         bounds = {
             "width": (1e-3, 64),
             "lrn_k": (1e-6, 1e6),

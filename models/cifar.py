@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common.errors import UserError, check_name, check_ranges, shown
+from common.errors import check_name, check_ranges, require, shown
 from models import ops
 from models.layers import ACTIVATIONS
 from parallel import Towers
@@ -73,6 +73,5 @@ class CifarNet(nn.Module):
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
         check_name("model.activation", self.activation, ACTIVATIONS)
-        if self.towers != 1:
-            raise UserError(f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
+        require(self.towers == 1, f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
         check_ranges({"crop": image_size}, {"crop": (12, 4096)}, "input.")  # the third pooling needs its 3 pixels

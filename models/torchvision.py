@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import UserError, check_ranges, shown
+from common.errors import check_ranges, require, shown
 from models import ops, towers
 from models.layers import sum_dtype
 from parallel import Towers
@@ -121,8 +121,7 @@ class TorchvisionAlexNet(nn.Module):
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
-        if self.towers != 1:
-            raise UserError(f"model.towers={shown(self.towers)}: torchvision's AlexNet has one tower.")
+        require(self.towers == 1, f"model.towers={shown(self.towers)}: torchvision's AlexNet has one tower.")
         check_ranges(vars(self), {"width": (1e-3, 64), "dropout_rate": (0, 0.999)}, "model.")
         check_ranges({"crop": image_size}, {"crop": (63, 4096)}, "input.")  # the third pooling needs its 3 pixels
 

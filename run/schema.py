@@ -8,7 +8,7 @@ import ml_collections
 import input_pipeline
 import models
 import optimizer
-from common.errors import UserError, check_ranges, check_type, nearest, shown
+from common.errors import check_ranges, check_type, nearest, require, shown
 from configs import base
 from datasets import prepared
 
@@ -26,8 +26,9 @@ def validate(config) -> None:
         "seed": (0, (1 << 31) - 1),
     }
     check_ranges(config, bounds)
-    if not config.num_steps and not config.num_epochs:
-        raise UserError("num_epochs and num_steps are both 0; one of them must say how long to train.")
+    require(
+        config.num_steps or config.num_epochs, "num_epochs and num_steps are both 0: one must say how long to train."
+    )
     for field in CADENCES:
         check_ranges(config[field], {"epochs": (0, 1e6), "steps": (0, optimizer.MAX_STEPS)}, f"{field}.")
     check_ranges(config.parallel, {"devices_per_network": (0, 2)}, "parallel.")
@@ -40,18 +41,18 @@ def validate(config) -> None:
 def _check_fields(config, like, section: str = "") -> None:
     """Refuses a config that lacks a field of `like`, has others, or has other types; raises `UserError`."""
     # A network has fields of its own, which `models.build` checks.
-    if section != "model." and (unknown := sorted(set(config) - set(like))):
-        raise UserError(f"The config's {section}{unknown[0]} is no known field: {nearest(unknown[0], like)}")
+    for name in () if section == "model." else config:
+        require(name in like, f"The config's {section}{name} is no known field: {nearest(name, like)}")
     for name, default in like.items():
         field = section + name
-        if name not in config:
-            raise UserError(f"The config has no field {field}; configs/base.py has all fields.")
+        require(name in config, f"The config has no field {field}; configs/base.py has all fields.")
+        value = config[name]
         if not isinstance(default, ml_collections.ConfigDict):
-            check_type(field, config[name], type(default))
-        elif isinstance(config[name], ml_collections.ConfigDict):
-            _check_fields(config[name], default, f"{field}.")
-        else:
-            raise UserError(f"{field}={shown(config[name])} must be a section with the fields {', '.join(default)}.")
+            check_type(field, value, type(default))
+            continue
+        parts = ", ".join(default)
+        require(isinstance(value, ml_collections.ConfigDict), f"{field}={shown(value)} must be a section with {parts}.")
+        _check_fields(value, default, f"{field}.")
 
 
 def completed(config: dict[str, Any], like: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -85,11 +86,8 @@ class Durations:
 
         def steps(count, epochs, field):
             found = count or (max(1, round(epochs * steps_per_epoch)) if epochs else 0)
-            if found > optimizer.MAX_STEPS:
-                raise UserError(
-                    f"{field}={epochs} makes {found:,} steps of batch_size={config.batch_size}; at most "
-                    f"{optimizer.MAX_STEPS:,} can be counted."
-                )
+            sentence = f"{field}={epochs} makes {found:,} steps of batch_size={config.batch_size}, too many to count."
+            require(found <= optimizer.MAX_STEPS, sentence)
             return found
 
         every = {name: steps(config[name].steps, config[name].epochs, f"{name}.epochs") for name in CADENCES}

@@ -81,7 +81,7 @@ class Forked:
     """A run of main.py in a forked process, with what tests use of `subprocess.Popen`."""
 
     def __init__(self, arguments, out, err):
-        self._process = _context.Process(target=_main, args=(arguments, out, err, os.getcwd()))
+        self._process = _context.Process(target=_main, args=(arguments, out, err, pathlib.Path.cwd()))
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 

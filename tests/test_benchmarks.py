@@ -18,8 +18,9 @@ import input_pipeline
 import recipes
 import runs
 from benchmarks import end_to_end, input, layers, measure, start, step
-from configs import alexnet as alexnet_recipe
 from common.errors import UserError
+from configs import alexnet as alexnet_recipe
+from datasets import prepared
 from models import alexnet
 
 CANDIDATES = {"records", "raw", "to_record", "prepare", "pil", "from_photographs"}
@@ -39,7 +40,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(photographs):
     cache = str(photographs.parent / "cache")
-    return input_pipeline.Records.open(input_pipeline.prepare(str(photographs), data_dir=cache, size=80))
+    return prepared.Records.open(prepared.prepare(str(photographs), data_dir=cache, size=80))
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_photographs_are_scaled_by_their_longer_side(photographs, tmp_path):
 def test_raw_decodes_the_windows_that_the_pipeline_yields(opened):
     config, count = narrow(), 24
     raw = input.Raw(opened, config, count)
-    batches = input_pipeline.train_batches(opened, "train", input=config.input, batch_size=8, seed=config.seed)
+    batches = input_pipeline.train_batches(opened, "train", options=config.input, batch_size=8, seed=config.seed)
     for _ in range(input.AHEAD):
         next(batches)
     views = np.concatenate([next(batches)["image"] for _ in range(count // 8)])

@@ -18,16 +18,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common import cli
 import data
 import optimizer
 import recipes
 import runs
 import update
-from run import schema, setup, workdirs
-from configs import alexnet
+from common import cli
 from common.errors import UserError
+from configs import alexnet
 from models.alexnet import LAYERS
+from run import schema, setup, workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

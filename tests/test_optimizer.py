@@ -6,8 +6,8 @@ import optax
 import pytest
 
 import optimizer
-from configs import alexnet, alexnet_2012
 from common.errors import UserError
+from configs import alexnet, alexnet_2012
 
 
 def trees(seed=0):

@@ -15,9 +15,9 @@ import data
 import recipes
 import runs
 import train
-from run import processes, setup, workdirs
 from common import exits
 from common.errors import UserError
+from run import processes, setup, workdirs
 
 
 @pytest.fixture(scope="module")
