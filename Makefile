@@ -34,7 +34,7 @@ size_tpu := 4 GB of disk, one to five minutes
 ready := .venv/ready-$(DEVICES)
 python := .venv/bin/python
 # A few workers are enough: each one's XLA uses all cores when it has work.
-workers := -n logical --maxprocesses=4 --dist=loadfile
+workers := -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # Without an accelerator the demo shows the two towers on two simulated devices.
 demo_flags_cpu := --cpu_devices=2

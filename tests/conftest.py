@@ -24,7 +24,13 @@ def pytest_addoption(parser):
     parser.addoption("--part", metavar="K/N", help="of the selected tests, every Nth one from number K on")
 
 
+# The files that take longest come first, so that no worker begins one when the others are done.
+LONGEST = ("interruptions", "train", "processes", "parallel", "alexnet", "configs", "layers", "benchmarks")
+
+
 def pytest_collection_modifyitems(config, items):
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
     if part := config.getoption("part"):
         first, step = map(int, part.split("/"))
         selected = [item for item in items if item.get_closest_marker("slow")]

@@ -1,6 +1,7 @@
 """The shape of the code: imports go one way, TensorFlow stays where it is needed, files stay readable."""
 
 import ast
+import builtins
 import pathlib
 import subprocess
 import sys
@@ -106,3 +107,19 @@ def test_jax_pmap_and_axis_names_are_known_to_one_file():
         if name != "parallel":
             names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
             assert not names & {"pmap", "psum", "pmean", "all_gather", "axis_index"}, name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_parameter_hides_a_builtin_or_a_module(name):
+    tree = ast.parse(SOURCES[name].read_text())
+    bound = {
+        alias.asname or alias.name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if isinstance(node, ast.Import) or f"{node.module}.{alias.name}" in SOURCES
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            assert not hasattr(builtins, node.arg), f"line {node.lineno}: {node.arg}"
+            assert node.arg not in bound, f"line {node.lineno}: {node.arg}"

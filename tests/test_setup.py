@@ -305,7 +305,7 @@ def test_ci_fails_when_the_demo_misses_its_bound(tmp_path, lines, passes, messag
     assert (done.returncode == 0) == passes, done.stdout + done.stderr
     assert message in done.stdout + done.stderr
     assert (tmp_path / "made.txt").read_text().split("\n")[:-1] == [
-        f"make {target}" for target in ("setup", "lint", "test", "demo")
+        f"make {target}" for target in ("setup", "lint", "test", "test-slow", "demo")
     ]
     assert " s  make demo" in done.stdout
 
