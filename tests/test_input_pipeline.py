@@ -274,18 +274,6 @@ def test_evaluation_has_each_example_once_in_order(large, batch_size, processes)
     assert [joined[k].dtype.name for k in ("image", "label", "mask")] == ["uint8", "int32", "float32"]
 
 
-@settings(max_examples=30, deadline=None)
-@given(percent=st.integers(5, 95))
-def test_slices_part_a_split(small, percent):
-    first, second = (small.index(f"train[{part}]") for part in (f":{percent}%", f"{percent}%:"))
-    rows = np.concatenate([first.rows, second.rows])
-    np.testing.assert_array_equal(rows, small.index("train").rows)
-    assert len(first) == small.num_examples(f"train[:{percent}%]")
-    joined = small.index("train+test")
-    assert len(joined) == len(joined.rows) == TRAIN + TEST
-    assert len(set(map(tuple, joined.rows))) == TRAIN + TEST
-
-
 def test_a_slice_trains_on_its_own_examples(small):
     images, _ = whole(small, "train")
     part = batches(small, 3, split="train[:5]", batch_size=5, **PLAIN)

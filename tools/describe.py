@@ -5,6 +5,7 @@ All figures are read off the network itself, as JAX traces it for one image; not
 
 import models
 from common import cli
+from common.errors import UserError
 
 HEADER = ("layer", "output", "kernel", "parameters", "multiply-adds", "maps by tower", "exchange")
 ALIGN = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.rjust)
@@ -38,7 +39,7 @@ CONFIG = cli.define_config()
 def main(_) -> None:
     """Prints the table."""
     if CONFIG.value is None:
-        raise cli.UserError("Name a recipe: --config=configs/alexnet.py.")
+        raise UserError("Name a recipe: --config=configs/alexnet.py.")
     config = CONFIG.value
     print(render(models.layer_table(config.model, config.input.crop), config.model.towers))
     print("\nPer image. Exchange: floats that each tower sends to the other before the layer.")
