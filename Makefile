@@ -4,7 +4,7 @@
 # changed, another DEVICES is asked for, or the set-up was cut short: .venv/ready-* is written last.
 #   DEVICES=cpu|gpu|tpu   the JAX to install; without it the one already installed, or what this machine has
 #   PYTHON=…              the interpreter to use
-#   ARGS=…                further arguments for pytest, as ARGS='-k towers'
+#   ARGS=…                further arguments for pytest, such as ARGS='-k towers'
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 

@@ -37,7 +37,7 @@ class Checkpoints:
 
     Args:
       workdir: folder of the run; the checkpoints lie in `checkpoints/` in it.
-      read_only: creates and cleans nothing; for tools.
+      read_only: creates and cleans nothing.
 
     Raises:
       UserError: the folder is missing (`read_only`), or cannot be written.
@@ -243,7 +243,7 @@ class Checkpoints:
         print(warning, file=sys.stderr)
 
     def _remove_surplus(self) -> None:
-        """Removes what the last save did not: a run that was killed there may have nothing left to save."""
+        """Removes what should not be kept. A run killed during a save leaves some, and may never save again."""
         steps = self.steps()
         surplus = set(steps) - self._kept(steps)
         for step in surplus:

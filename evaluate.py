@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import views
-from parallel import Layout, first
+from parallel import UNDER_WAY, Layout, first
 
 
 def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: str):
@@ -86,7 +86,7 @@ def run(
     for batch in layout.prefetch(batches):
         under_way.append(step(params, batch))
         after_batch()
-        take_in(at_most=1)
+        take_in(at_most=UNDER_WAY)
     take_in(at_most=0)
     examples, seen = total["examples"], total["class_examples"] > 0
     accuracy = 1 - total["class_errors"][seen] / total["class_examples"][seen]

@@ -25,17 +25,17 @@ MAX_STEPS = (1 << 31) - 1
 # Schedules. To add one: a function here, its name in SCHEDULES, and its fields in configs/base.py.
 
 
-def _constant(rate, schedule, total_steps, steps_per_epoch):
+def _constant(rate, options, **_):
     return optax.constant_schedule(rate)
 
 
-def _steps(rate, schedule, total_steps, steps_per_epoch):
-    return _piecewise(rate, schedule.factors, steps_per_epoch)
+def _steps(rate, options, steps_per_epoch, **_):
+    return _piecewise(rate, options.factors, steps_per_epoch)
 
 
-def _cosine(rate, schedule, total_steps, steps_per_epoch):
-    warmup = _to_steps(schedule.warmup, steps_per_epoch)
-    decay = optax.cosine_decay_schedule(rate, max(1, total_steps - warmup))
+def _cosine(rate, options, steps_per_epoch, num_steps):
+    warmup = _to_steps(options.warmup, steps_per_epoch)
+    decay = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
     return optax.join_schedules([optax.constant_schedule(rate), decay], [warmup])
 
 
@@ -50,10 +50,10 @@ def schedule(config, steps_per_epoch: float) -> optax.Schedule:
     ((epoch, factor), …), whose epoch has begun; 'cosine', which falls to 0 at the end of the run; or 'plateau'.
     During the first `schedule.warmup` epochs the rate also grows linearly.
     """
-    found, rate = config.schedule, config.optimizer.learning_rate
-    total_steps = config.num_steps or _to_steps(config.num_epochs, steps_per_epoch)
-    main = SCHEDULES[found.name](rate, found, total_steps, steps_per_epoch)
-    warmup = _to_steps(found.warmup, steps_per_epoch)
+    options, rate = config.schedule, config.optimizer.learning_rate
+    num_steps = config.num_steps or _to_steps(config.num_epochs, steps_per_epoch)
+    main = SCHEDULES[options.name](rate, options, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    warmup = _to_steps(options.warmup, steps_per_epoch)
     if not warmup:
         return main
     ramp = optax.linear_schedule(1 / warmup, 1.0, warmup - 1)
@@ -65,7 +65,7 @@ def _to_steps(epochs: float, steps_per_epoch: float) -> int:
 
 
 def _piecewise(value: float, factors, steps_per_epoch: float) -> optax.Schedule:
-    # Products in float32: in float64 a rate such as 0.01 · 0.1 could differ in its last bit.
+    # Multiplied in float32, as the step does; a float64 product that is rounded afterwards can differ in its last bit.
     values = [np.float32(value), *(np.float32(value) * np.float32(factor) for _, factor in factors)]
     return optax.join_schedules(
         [optax.constant_schedule(v) for v in values], [_to_steps(epoch, steps_per_epoch) for epoch, _ in factors]
@@ -110,7 +110,7 @@ class Rates:
 
 
 def build(config) -> optax.GradientTransformationExtraArgs:
-    """The update rule of a config's `optimizer` section; its `update` takes `rates`, of `Rates.tree`, as well.
+    """The update rule of a config's `optimizer` section; its `update` also needs `rates`, a tree of `Rates.tree`.
 
     'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons.
     """

@@ -25,6 +25,8 @@ from common import host
 from common.errors import require
 
 AXIS = "devices"
+# How many programs the host lets wait on the devices while it dispatches the next one.
+UNDER_WAY = 1
 Tree = Any
 
 
@@ -195,7 +197,7 @@ class Layout:
             leaf = np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, padding)])
         return np.split(leaf, self.devices_per_network, axis=-1)
 
-    # Inside a mapped function.
+    # Computation on all devices.
 
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), broadcast: tuple[int, ...] = ()):
         """`pmap`s a function over all devices.
@@ -219,8 +221,9 @@ class Layout:
     def in_place(self, function: Callable) -> Callable:
         """Lets each leaf of a function's result take the place of a donated one; for functions of trees, inside `map`.
 
-        The function is computed along an axis of length 1, which `pmap` removes and adds again. If its arrays changed
-        their shape there, XLA would compute what two results share once for each, and copy what it overwrites.
+        `pmap` removes each leaf's leading axis of length 1 and adds it again. The function keeps that axis, so no
+        reshape stands between a donated buffer and its result. With one, XLA computes the velocity twice and copies
+        both buffers.
         """
 
         @functools.wraps(function)

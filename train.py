@@ -14,6 +14,7 @@ import numpy as np
 import evaluate
 import input_pipeline
 import optimizer
+import parallel
 import update
 from common import exits
 from common.errors import UserError
@@ -122,7 +123,7 @@ class Trainer:
     def advance(self, batch: Any) -> None:
         """Dispatches one update, at most one step ahead of the devices."""
         arrived = time.perf_counter()
-        self.settle(at_most=1)
+        self.settle(at_most=parallel.UNDER_WAY)
         self.state, values = self._train_step(self.state, batch, np.float32(self._rate_factor()))
         self.step += 1
         self._under_way.append((self.step, arrived, self._fetcher.fetch(values)))
@@ -164,6 +165,7 @@ class Trainer:
             batch_size=-(-config.eval_batch_size // run.layout.size) * run.layout.size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            num_threads=config.input.threads or None,
         )
         return evaluate.run(self._evaluators[which], params, batches, run.layout, after_batch=self.stop.check)
 

@@ -15,7 +15,7 @@ def last_value(path, key):
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("metrics", type=Path, help="a run's metrics.jsonl")
-parser.add_argument("key", help="as test/top1_error")
+parser.add_argument("key", help="such as test/top1_error")
 parser.add_argument("bound", type=float)
 args = parser.parse_args()
 

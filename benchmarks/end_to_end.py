@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
         "model.width": args.width,
         "num_steps": num_steps,
         "log_every.steps": log_every,
-        # At the end only, when there is no doing without, and then of as little as can be.
+        # main.py always evaluates and saves after its last step. This keeps that cheap: one image, and none before.
         "eval_every.steps": num_steps,
         "checkpoint_every.steps": num_steps,
         "dataset.eval_split": "train[:1]",

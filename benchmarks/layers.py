@@ -3,8 +3,8 @@
 Each part of the network runs alone on data that are on the device, with the shapes that it has in the training step.
 Its floor is the longer of two times: that of its operations at the machine's rate of matrix products, and that of the
 bytes it must read and write at the rate of a copy, both measured in the same run. A backward pass gives all gradients
-but that of the images, and recomputes what it needs of the forward pass and does not get. The update does not overwrite
-its input, as it does in the step.
+but that of the images, and recomputes every forward value that is not passed to it. In the step the update overwrites
+its input; here it does not.
 
 In the step the parts of several towers, and of both halves of a batch, run side by side; alone, some use one core only.
 """

@@ -59,7 +59,7 @@ def run(rounds: int) -> dict[str, Any]:
             second, again = start(pathlib.Path(cache))
         if loss != again:
             raise UserError(f"With the compilation cache the loss of step 3 is {again}, and {loss} without it.")
-        if number:  # before the first round the data set may have been prepared, and no file was in memory
+        if number:  # round 0 warms up: it may prepare the data set, and the system has not read the files before
             firsts.append(first)
             seconds.append(second)
     return {"rounds": rounds, "first_seconds": measure.spread(firsts), "second_seconds": measure.spread(seconds)}

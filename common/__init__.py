@@ -1,1 +1,1 @@
-"""What every room may use: mistakes, exits and signals, command lines, this machine, progress."""
+"""What every room may use: mistakes, exits and signals, command lines, this machine."""

@@ -30,7 +30,10 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags, calls `main(argv)`, and turns a `UserError` into one sentence and exit code 2."""
+    """Parses the flags, calls `main(argv)`, and ends the process; see `exits` for the codes.
+
+    A `UserError`, and an `OSError` with a reason, end in one sentence.
+    """
 
     def guarded(argv):
         if not DEBUG.value:  # notices of libraries, and tracebacks of their threads, do not help a user
@@ -42,13 +45,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             return main(argv)
         except UserError as error:
             _fail(str(error))
-        except OSError as error:
-            if error.errno is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
         except KeyboardInterrupt:
             exits.leave(exits.SIGNALS[signal.SIGINT])
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
             traceback.print_exc()
             exits.leave(exits.DEFECT)
 
@@ -94,11 +95,12 @@ def _explained(message: str, known: Mapping) -> str:
 
 
 def _config_flag(argv: list[str]) -> str:
-    """The value of --config in `argv`, or ''."""
+    """The last value of --config in `argv`, which absl takes too, or ''."""
+    found = ""
     for i, argument in enumerate(argv):
         if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
-            return match[2] if match[1] else "".join(argv[i + 1 : i + 2])
-    return ""
+            found = match[2] if match[1] else "".join(argv[i + 1 : i + 2])
+    return found
 
 
 def load_config(name: str) -> Mapping:

@@ -6,7 +6,7 @@
     130    SIGINT (Ctrl-C)
     143    SIGTERM
 
-Once training has begun, a run saves its state before it ends with 130 or 143.
+Once training has begun, a run saves its state before it ends with 130 or 143, but for a second Ctrl-C.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def leave(code: int) -> NoReturn:
 
 
 class StopSignal:
-    """A context that notes SIGINT and SIGTERM, so that the loop can save and end. A second SIGINT ends at once.
+    """A context that notes SIGINT and SIGTERM, so that the loop can save and end. A second SIGINT ends without saving.
 
     Attributes:
       code: the exit code that a signal asked for, or 0.
@@ -57,7 +57,8 @@ class StopSignal:
         if number == signal.SIGINT and self.code == SIGNALS[signal.SIGINT]:
             raise KeyboardInterrupt
         self.code = SIGNALS[number]
-        print(f"{signal.Signals(number).name}: saving after this step.", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may lie on a full disk, or its reader may have gone
+            print(f"{signal.Signals(number).name}: saving soon.", file=sys.stderr, flush=True)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():

@@ -11,7 +11,7 @@ Published: ten views 40.7 % top-1 and 18.2 % top-5 error on the validation set (
 
 Variants, as `configs/alexnet.py:NAME`:
     one_gpu      the paper's one-GPU network of equal cost, the baseline of section 3.2 (source: layers-145-half.cfg)
-    no_exchange  towers that meet at fc8 only (source: layers-150.cfg)
+    no_exchange  towers that meet at fc8 only, wider in conv2 and fc6 (source: layers-150.cfg)
     ungrouped    one tower as wide as both, what "AlexNet" means where grouping is left out
 """
 
@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model = dict(
         name="alexnet",
         num_classes=1000,
-        width=1.0,  # multiplies the maps of every layer
+        width=1.0,  # multiplies the maps of every layer but fc8
         features=(),  # maps of conv1 … fc7, all towers together; () for the paper's
         activation="relu",  # section 3.1
         lrn=True,  # section 3.3, with its constants

@@ -15,11 +15,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 256
     config.num_epochs = 0.0
     config.num_steps = 0  # if not 0, counts instead of num_epochs
-    # How often, in epochs or in steps; steps count if they are not 0. 0 and 0: never.
+    # How often, in epochs or in steps; steps count if they are not 0. 0 and 0: after the last step only.
     config.log_every = dict(epochs=0.0, steps=100)
     config.eval_every = dict(epochs=1.0, steps=0)
     config.checkpoint_every = dict(epochs=1.0, steps=0)
-    config.init_from = ""  # a workdir whose parameters to start from, where their shapes agree
+    config.init_from = ""  # a workdir; start from those of its parameters that have the shapes of this network
 
     config.dataset = dict(
         name="",  # a TFDS name, or a folder ROOT with ROOT/SPLIT/CLASS/*.jpg

@@ -32,7 +32,7 @@ def find(
         others = np.array(hashes[split], np.uint64)
         shared = np.flatnonzero(np.isin(others, train) & (others != 0))
         if len(shared):
-            # The source must be listed again up to the named images, so those near the start are named.
+            # Naming an image means listing the source again up to it, so the pairs nearest to the start are named.
             places = order[np.searchsorted(train, others[shared], sorter=order)]
             first = np.argsort(places, kind="stable")[:PAIRS_NAMED]
             names = _names(source, split, shared[first]), _names(source, train_split, places[first])

@@ -8,10 +8,11 @@ towers are on this device. To add one: a module here, a line in MODELS, a config
 are 0 … N − 1 by default. The logits are (N, num_classes) float32, the same on every device of a network.
 
 **Fields.** Dataclass fields without defaults, because each number stands once, in the config: the section `model` has a
-line for every field. All networks have `num_classes`, `towers` (how many the network has), `dtype` ('float32' or
-'bfloat16', of the computation) and `placement` (a `parallel.Towers`, not in the config). A field `initial_weights` is
-`model.init` in the config, because `init` is a method of every Flax module. The types are bool, int, float, str and
-tuple. `validate(image_size)` raises `UserError` for values that cannot work.
+line for every field. Only a field that is added to a published network has a default: the value that changes nothing,
+for configs that were stored before. All networks have `num_classes`, `towers` (how many the network has), `dtype`
+('float32' or 'bfloat16', of the computation) and `placement` (a `parallel.Towers`, not in the config). A field
+`initial_weights` is `model.init` in the config, because `init` is a method of every Flax module. The types are bool,
+int, float, str and tuple. `validate(image_size)` raises `UserError` for values that cannot work.
 
 **Parameters.** {layer: {'kernel', 'bias'}}, float32, initialised with all towers in one place. Every leaf is sharded on
 its last axis: with the towers on two devices, tower 0 holds the first half of the output maps and tower 1 the second.
@@ -62,15 +63,17 @@ def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.M
     check_type("model.name", name, str)
     check_name("model.name", name, MODELS)
     network_class = MODELS[name]
-    types = _field_types(network_class)
+    known = _config_fields(network_class)
     for field, value in fields.items():
-        require(field in types, f"model.{field} is no field of {name}: {nearest(field, types)}")
-        if types[field] is tuple and isinstance(value, str):
+        require(field in known, f"model.{field} is no field of {name}: {nearest(field, known)}")
+        kind = typing.get_origin(known[field].type) or known[field].type
+        if kind is tuple and isinstance(value, str):
             value = (value,)  # it would pass for a tuple of letters
-        check_type(f"model.{field}", value, types[field])
-        fields[field] = tuple(value) if types[field] is tuple else value
-    for field in types:
-        require(field in fields, f"The config has no field model.{field}, which {name} needs.")
+        check_type(f"model.{field}", value, kind)
+        fields[field] = tuple(value) if kind is tuple else value
+    for field, declared in known.items():
+        given = field in fields or declared.default is not dataclasses.MISSING
+        require(given, f"The config has no field model.{field}, which {name} needs.")
     check_name("model.dtype", fields["dtype"], ("float32", "bfloat16"))
     check_ranges(fields, {"num_classes": (2, 1 << 20)}, "model.")
     if "init" in fields:
@@ -83,12 +86,12 @@ def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.M
     return network
 
 
-def _field_types(network_class) -> dict[str, type]:
-    """The fields that a config gives a network, with their types."""
-    types = {field.name: typing.get_origin(field.type) or field.type for field in dataclasses.fields(network_class)}
+def _config_fields(network_class) -> dict[str, dataclasses.Field]:
+    """The fields that a config gives a network, by their names there."""
+    fields = {field.name: field for field in dataclasses.fields(network_class)}
     for internal in ("parent", "name", "placement"):
-        del types[internal]
-    return {"init" if name == "initial_weights" else name: kind for name, kind in types.items()}
+        del fields[internal]
+    return {"init" if name == "initial_weights" else name: field for name, field in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)

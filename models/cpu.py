@@ -1,9 +1,9 @@
 """The forms of `models.layers` for CPUs.
 
 XLA's convolution with few channels, its gradient of a kernel and window sums over maps are slow there. Large arrays go
-through in chunks of examples, so that what a chunk needs stays in the cache and the rest is not even allocated: a fresh
-page costs more than the work on it. What this module lacks is fast enough in `models.default`. The tests hold each form
-to its plain one.
+through in chunks of examples. A chunk fits into the cache, and nothing larger is allocated, because a fresh page costs
+more than the work on it. What this module lacks is fast enough in `models.default`. The tests hold each form to its
+plain one.
 """
 
 import functools
@@ -38,9 +38,9 @@ def _chunk_of_maps(x):
 
 
 def _fold(x, window, stride, padding):
-    """Pads x and takes each `stride` pixels of a row as one with so many times the channels: a stride down only.
+    """Pads x and merges every `stride` neighbouring pixels of a row into one pixel with stride · C channels.
 
-    This is a change of shape; folding the rows too would move every pixel.
+    The convolution then strides down only. Merging along a row is a change of shape; across rows it would move pixels.
     """
     (top, bottom), (left, right) = padding
     n, height, width, channels = x.shape

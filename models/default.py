@@ -126,7 +126,7 @@ def max_pool_gradient(place, g, *, window, stride, shape):
     """The gradient of `max_pool` by its input of the given shape, from the places of the maxima."""
 
     def spread(row, column):
-        """What passes to this place of every window, at that pixel."""
+        """The part of g whose maximum stands at (row, column) of its window, moved to that pixel of the input."""
         passed = jnp.where(place == row * window + column, g, 0).astype(sum_dtype(g.dtype))
         widths = [(0, 0, 0)] * g.ndim
         for axis, before in ((1, row), (2, column)):

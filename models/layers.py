@@ -1,7 +1,7 @@
 """The layers of the paper, as section 3 defines them: plain functions on maps of shape (N, height, width, channels).
 
 This is what the network computes. Networks call the functions of the same names in `models.ops`, which compute the same
-in the form that is fast on the platform. All return the dtype of `x`, and take sums in float32 at least.
+in the form that is fast on the platform. All return the dtype of `x`; normalisation and means sum in float32 at least.
 """
 
 import flax.linen as nn

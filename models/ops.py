@@ -1,6 +1,6 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
-This is the one place where forms are chosen, at the time when a program is lowered for a platform. A platform's module
+This is the one place where forms of layers are chosen, when a program is lowered for a platform. A platform's module
 holds only what is faster there, and `models.default` has the rest. To add a platform: a module with some of the
 functions of `models.default`, a line in PLATFORMS, and its name in the tests' list of forms.
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import parallel
 from common import exits
 from common.errors import UserError
 
@@ -22,9 +23,10 @@ Tree = Any
 # aborts without a sentence.
 SILENCE = 20
 HEARTBEAT_TIMEOUT = 60
-# A process that has dispatched program n has seen program n − 2 end, for which every other process had to dispatch it.
-# So none is more than two programs ahead of another, and all can still stop after the third from now.
-AHEAD = 3
+# With UNDER_WAY = 1, a process waits for program n − 2 before it dispatches program n. Program n − 2 ends only after
+# every process has dispatched it, so no process is more than two programs ahead of another. One that has just passed
+# its check may still dispatch a third. All can stop after that one.
+AHEAD = parallel.UNDER_WAY + 2
 
 
 def initialize(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -56,6 +58,8 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
         )
     # JAX aborts when another process is gone, and a dump of all stacks would bury the sentence.
     faulthandler.disable()
+    # It would take SIGTERM for itself, and a start could not be stopped before it trains; see `Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (RuntimeError, ValueError) as error:

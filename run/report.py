@@ -29,7 +29,7 @@ def farewell(run: Run, step: int, values: dict[str, float]) -> str:
       values: metrics 'test/…', with the step of the best checkpoint as 'test/step'.
     """
     epoch = step / run.durations.steps_per_epoch
-    doubled = f"num_steps={2 * step}" if run.config.num_steps else f"num_epochs={2 * epoch:.0f}"
+    doubled = f"num_steps={2 * step}" if run.config.num_steps else f"num_epochs={max(1, round(2 * epoch))}"
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
     return f"""
 Done: {step} steps, {epoch:.1f} epochs. Ten views, with the best checkpoint (step {values["test/step"]}):

@@ -67,7 +67,7 @@ def completed(config: dict[str, Any], like: dict[str, Any] | None = None) -> dic
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-    """A config's durations in steps; 0 is never."""
+    """A config's durations in steps; 0 is never but after the last step."""
 
     steps_per_epoch: float
     num_steps: int
@@ -94,5 +94,5 @@ class Durations:
         return cls(steps_per_epoch, steps(config.num_steps, config.num_epochs, "num_epochs"), **every)
 
     def due(self, every: int, step: int) -> bool:
-        """Whether what happens every `every` steps happens after update number `step`; the last always counts."""
+        """Whether an action with this period is due after update number `step`. After the last update it always is."""
         return step == self.num_steps or (every > 0 and step % every == 0)

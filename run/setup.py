@@ -26,11 +26,12 @@ class Run:
     """A run, set up.
 
     Attributes:
-      config, workdir, layout, records, durations, rates: what the run is made of; nothing of it changes any more.
+      config, workdir, layout, records, durations, rates: what the run is made of; these do not change.
       shapes: the merged state's shapes and types.
-      state: the merged state to begin with, as NumPy arrays.
-      known: what a checkpoint knows besides the state; {} for a new run. See `train.Trainer`.
-      checkpoints: in the first process only; None in the others, which touch nothing in the workdir.
+      state: the merged state to begin with, as NumPy arrays; the trainer takes it away.
+      known: what a checkpoint knows besides the state, {} for a new run: 'config', 'plateau' (of `optimizer.Plateau`),
+        'evaluated' (the step of the last evaluation) and 'meter' (of `metrics.Meter`).
+      checkpoints, lock: in the first process only; None in the others, which touch nothing in the workdir.
     """
 
     config: Any
@@ -133,6 +134,7 @@ def _open_workdir(run: Run) -> None:
     taken_over = pretrained(run.config, run.shapes) if run.config.init_from and not begun else {}
 
     run.lock = workdirs.lock(run.workdir)
+    workdirs.check(run.config, run.workdir)  # again: another run may have begun here since the first check
     workdirs.write_config(run.config, run.workdir)
     run.checkpoints = checkpoint.Checkpoints(run.workdir)
     if restored := run.checkpoints.restore_latest(run.shapes):
@@ -158,12 +160,13 @@ def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray
     except UserError as error:
         raise UserError(f"init_from={shown(config.init_from)}: {error}") from None
     with checkpoint.Checkpoints(origin, read_only=True) as checkpoints:
-        best = checkpoints.best_step()
-        restored = checkpoints.restore_latest(theirs) if best is None else checkpoints.restore(best, theirs)
-    if not restored:
+        best = checkpoints.restore_best(theirs)
+        latest = None if best else checkpoints.restore_latest(theirs)
+    if not (best or latest):
         raise UserError(f"init_from={config.init_from} has no checkpoint yet.")
+    state = best[1] if best else latest[0]
     mine = flax.traverse_util.flatten_dict(shapes.params)
-    source = flax.traverse_util.flatten_dict(restored[0].params)
+    source = flax.traverse_util.flatten_dict(state.params)
     fitting = {path: leaf for path, leaf in source.items() if path in mine and mine[path].shape == leaf.shape}
     if not fitting:
         raise UserError(f"init_from={config.init_from}: no parameter there has the shape of one here.")
@@ -173,8 +176,8 @@ def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray
 def check_memory(config, shapes: update.State, process_count: int = 1) -> None:
     """Refuses a run that this machine's memory cannot hold, before anything of it is allocated; raises `UserError`.
 
-    Counts what one of `process_count` hosts holds at least: the state and its gradients, and of each kind of batch one
-    in use and one in preparation. If the devices are the CPU, training images count with their maps.
+    The count is a lower bound for one of `process_count` hosts: the state, its gradients, and two batches each of
+    training and of evaluation. On a CPU it adds the layers' maps of a training batch.
     """
     crop, resize = config.input.crop, config.input.resize
     per_view, per_record = 2 * 3 * crop**2, 2 * 3 * resize**2

@@ -1,5 +1,6 @@
 """Runs of main.py as a user starts them: their command lines, and what they leave behind."""
 
+import atexit
 import contextlib
 import json
 import multiprocessing.reduction
@@ -64,9 +65,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preload"])
 
 
-def _main(arguments, out, err, folder):
+def _main(arguments, out, err, folder, variables):
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
     os.chdir(folder)
+    os.environ.clear(), os.environ.update(variables)
     sys.argv = arguments
     import main
     from common import cli
@@ -74,14 +76,16 @@ def _main(arguments, out, err, folder):
     try:
         cli.run(main.main)
     finally:
+        atexit._run_exitfuncs()  # a forked process leaves it out, and several processes shut JAX down there
         sys.stdout.flush(), sys.stderr.flush()
 
 
 class Forked:
     """A run of main.py in a forked process, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, arguments, out, err):
-        self._process = _context.Process(target=_main, args=(arguments, out, err, pathlib.Path.cwd()))
+    def __init__(self, arguments, out, err, env=None):
+        variables = dict(env or os.environ)
+        self._process = _context.Process(target=_main, args=(arguments, out, err, pathlib.Path.cwd(), variables))
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 
@@ -99,15 +103,19 @@ class Forked:
 
 
 def run(*args, expect=0, prefix=(), env=None, cwd=None, **options):
-    """Runs to the end; `prefix` stands before the command. With one, or with `env` or `cwd`, Python starts anew."""
-    arguments = command(*args, **options)
+    """A run on `photographs`, see `command` and `run_main`."""
+    return run_main(*command(*args, **options)[2:], expect=expect, prefix=prefix, env=env, cwd=cwd)
+
+
+def run_main(*arguments, expect=0, prefix=(), env=None, cwd=None):
+    """Runs main.py to its end; `prefix` stands before the command. With one, or with `cwd`, Python starts anew."""
+    main = str(ROOT / "main.py")
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        if prefix or env or cwd:
-            code = subprocess.run(
-                [*prefix, *arguments], stdout=out, stderr=err, timeout=300, env=env, cwd=cwd
-            ).returncode
+        if prefix or cwd:
+            command = [*prefix, sys.executable, main, *arguments]
+            code = subprocess.run(command, stdout=out, stderr=err, timeout=300, env=env, cwd=cwd).returncode
         else:
-            code = Forked(arguments[1:], _Descriptor(out), _Descriptor(err)).wait()
+            code = Forked([main, *arguments], _Descriptor(out), _Descriptor(err), env).wait()
         out.seek(0), err.seek(0)
         done = subprocess.CompletedProcess(arguments, code, out.read(), err.read())
     assert code == expect, done.stdout[-2000:] + done.stderr[-4000:]
@@ -132,18 +140,12 @@ class _Descriptor:
 
 
 @contextlib.contextmanager
-def start(*args, env=None, fresh=False, **options):
-    """A run under way, killed at the end; stdout is a pipe, to be read with `until`, and stderr comes with it.
-
-    With `env` or `fresh`, Python starts anew.
-    """
+def start(*args, env=None, **options):
+    """A run under way, killed at the end; stdout is a pipe, to be read with `until`, and stderr comes with it."""
     arguments = command(*args, **options)
     readable, writable = os.pipe()
     with os.fdopen(readable) as said:
-        if fresh or env:
-            process = subprocess.Popen(arguments, stdout=writable, stderr=writable, env=env)
-        else:
-            process = Forked(arguments[1:], _Descriptor(writable), _Descriptor(writable))
+        process = Forked(arguments[1:], _Descriptor(writable), _Descriptor(writable), env)
         os.close(writable)
         process.stdout = said
         try:

@@ -25,18 +25,15 @@ def alone(folder):
 
 @contextlib.contextmanager
 def pair(folder, workdir, *arguments, second=()):
-    """Two processes that find each other by flags; `second` are arguments of the second one alone.
-
-    They start afresh: a forked process ends without the shutdown of JAX, which the other one waits for.
-    """
+    """Two processes that find each other by flags; `second` are arguments of the second one alone."""
     port = runs.free_port()
 
     def flags(number):
         return f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"
 
     with (
-        runs.start(folder, workdir, *arguments, *flags(0), fresh=True) as zero,
-        runs.start(folder, workdir, *arguments, *flags(1), *second, fresh=True) as one,
+        runs.start(folder, workdir, *arguments, *flags(0)) as zero,
+        runs.start(folder, workdir, *arguments, *flags(1), *second) as one,
     ):
         yield zero, one
 

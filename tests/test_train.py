@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -205,24 +203,16 @@ def test_another_config_is_refused_and_named(folder, whole):
 def test_miniature_imagenet_trains_and_evaluates(tmp_path):
     """The archives of ILSVRC-2012 in miniature, from their tars to the ten-view error."""
     data.make_miniature_imagenet(tmp_path / "data/downloads/manual", per_class=1, validation=4)
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(runs.ROOT / "main.py"),
-            f"--config={runs.ROOT / 'configs/alexnet.py'}",
-            f"--workdir={tmp_path / 'run'}",
-            "--cpu_devices=2",
-            f"--config.dataset.data_dir={tmp_path / 'data'}",
-            *(argument for argument in runs.SMALL if "num_classes" not in argument and "eval_split" not in argument),
-            "--config.batch_size=2",
-            "--config.num_steps=2",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    runs.run_main(
+        f"--config={runs.ROOT / 'configs/alexnet.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--cpu_devices=2",
+        f"--config.dataset.data_dir={tmp_path / 'data'}",
+        *(argument for argument in runs.SMALL if "num_classes" not in argument and "eval_split" not in argument),
+        "--config.batch_size=2",
+        "--config.num_steps=2",
         env=os.environ | {"HOME": str(tmp_path)},
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = runs.metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2]
     assert "test/top5_error" in lines[-1]

@@ -1,1 +1,1 @@
-"""Programs on a finished or prepared run: `python -m tools.NAME`."""
+"""Programs beside training, on configs, data sets and runs: `python -m tools.NAME`."""
