@@ -144,6 +144,7 @@ def test_layers_are_those_of_the_step():
     assert forward() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
 def test_end_to_end_times_main_beside_its_stages(photographs, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])  # which compiles sooner

@@ -83,7 +83,7 @@ def test_runs_killed_twenty_times_end_as_undisturbed_ones(folder, undisturbed):
     check_killed_runs(folder, undisturbed, seed=1, kills=20)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_next_start_goes_on(folder, undisturbed, name):
     workdir = folder / name
     with runs.start(folder, workdir, f"--config.num_steps={STEPS}") as process:

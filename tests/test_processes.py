@@ -80,6 +80,7 @@ def test_processes_end_and_go_on_together(folder, alone):
     assert runs.leftovers(workdir) == []
 
 
+@pytest.mark.slow
 def test_slurm_needs_no_flags(folder, alone):
     """The variables that srun sets for two tasks on two nodes; both nodes are this host."""
     workdir, job = folder / "slurm", os.getpid()

@@ -107,6 +107,7 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     np.testing.assert_array_equal(logits(without, True), logits(network, False))
 
 
+@pytest.mark.slow
 def test_one_device_and_two_learn_alike(monkeypatch):
     """Data parallel, with dropout by the number of the example: the mean gradients are those of the whole batch.
 
