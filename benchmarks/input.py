@@ -250,13 +250,18 @@ def _batches_of(photographs: Photographs, numbers: list[int], batch_size: int) -
     shape = places, batch_size, photographs.crop, photographs.crop, 3
     shared = context.RawArray("f", int(np.prod(shape)))
     batches, under_way = np.frombuffer(shared, np.float32).reshape(shape), collections.deque()
-    with context.Pool(CORES, _join_pool, (photographs, shared, shape)) as pool:
+    pool = context.Pool(CORES, _join_pool, (photographs, shared, shape))
+    try:
         for number, start in enumerate(range(0, len(numbers), batch_size)):
             place = number % places
             under_way.append((place, pool.apply_async(_fill, (place, numbers[start : start + batch_size]))))
             if len(under_way) == places:
                 place, stamp = under_way.popleft()
                 yield batches[place], *stamp.get()
+    finally:
+        # `terminate`, which the pool's own context calls, can wait for ever on a worker that it killed with a lock.
+        pool.close()
+        pool.join()
 
 
 def _join_pool(photographs: Photographs, shared: Any, shape: tuple[int, ...]) -> None:
