@@ -48,7 +48,8 @@ def schedule(config, steps_per_epoch: float) -> optax.Schedule:
 
     `schedule.name` is 'constant'; 'steps', which multiplies the rate by the last factor of `schedule.factors`,
     ((epoch, factor), …), whose epoch has begun; 'cosine', which falls to 0 at the end of the run; or 'plateau'.
-    During the first `schedule.warmup` epochs the rate also grows linearly.
+    During the first `schedule.warmup` epochs the rate also grows linearly. A run that is extended later takes the rates
+    of the longer run from there on.
     """
     options, rate = config.schedule, config.optimizer.learning_rate
     num_steps = config.num_steps or _to_steps(config.num_epochs, steps_per_epoch)
@@ -56,8 +57,7 @@ def schedule(config, steps_per_epoch: float) -> optax.Schedule:
     warmup = _to_steps(options.warmup, steps_per_epoch)
     if not warmup:
         return main
-    ramp = optax.linear_schedule(1 / warmup, 1.0, warmup - 1)
-    return lambda step: ramp(step) * main(step)
+    return lambda step: jnp.minimum(1.0, (step + 1) / warmup) * main(step)
 
 
 def _to_steps(epochs: float, steps_per_epoch: float) -> int:
@@ -172,6 +172,8 @@ def validate(config) -> None:
     require(steps or not options.factors, f"schedule.factors goes with schedule.name='steps', not {options.name!r}.")
     measured = config.eval_every.epochs or config.eval_every.steps
     require(measured or not plateau, "eval_every.epochs and eval_every.steps are both 0: a plateau needs evaluations.")
+    short = config.num_steps or options.warmup < config.num_epochs
+    require(short, f"schedule.warmup={options.warmup} must be less than num_epochs={config.num_epochs}.")
     _check_factors("schedule.factors", options.factors)
     pairs = all(_is_pair(pair) and isinstance(pair[0], str) for pair in options.layers)
     require(

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from common import exits
-from common.errors import KINDS, UserError, nearest, shortened, shown
+from common.errors import KINDS, UserError, nearest, require, shortened, shown
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, not its sentence alone.")
 
@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; any mistake in them or in the config's file ends in a sentence."""
     known = {}
     try:
-        if "config" in flags.FLAGS and (name := _config_flag(argv)):
+        if "config" in flags.FLAGS and (name := _config_flag(argv)) is not None:
             # Read before absl does, whose errors do not tell the file's mistakes from those of the flags.
             known = dict(field_names(load_config(name)))
             _check_overrides(argv, name, known)
@@ -89,18 +89,19 @@ def _explained(message: str, known: Mapping) -> str:
         return f"{' and '.join(f'--{name}=…' for name in missing)} must be given; --help lists all flags."
     if "before a value for --config" in message:
         return "--config=FILE must come before its overrides, --config.FIELD=VALUE."
-    if (match := re.match(r"flag --config\.([\w.]+)=(.*): ", message)) and type(known.get(match[1])) in KINDS:
+    if (match := re.match(r"flag --config\.([\w.]+)=(.*?): ", message)) and type(known.get(match[1])) in KINDS:
         return f"{match[1]}={match[2]} must be {KINDS[type(known[match[1]])][1]}."
     return message.removeprefix("flag ")
 
 
-def _config_flag(argv: list[str]) -> str:
-    """The last value of --config in `argv`, which absl takes too, or ''."""
-    found = ""
+def _config_flag(argv: list[str]) -> str | None:
+    """The value of --config in `argv`, or None; raises `UserError` if there are two."""
+    found = []
     for i, argument in enumerate(argv):
         if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
-            found = match[2] if match[1] else "".join(argv[i + 1 : i + 2])
-    return found
+            found.append(match[2] if match[1] else "".join(argv[i + 1 : i + 2]))
+    require(len(found) < 2, f"--config is given {len(found)} times; a run has one recipe.")
+    return found[0] if found else None
 
 
 def load_config(name: str) -> Mapping:

@@ -36,4 +36,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.optimizer.learning_rate = 0.001
     config.optimizer.momentum = 0.9
+    config.schedule.name = "steps"  # without factors: the rate stays as it is, unless an override gives some
     return config

@@ -34,31 +34,23 @@ class Index:
 
     @classmethod
     def open(cls, counts: Mapping[pathlib.Path, int]) -> "Index":
-        """Opens the index of all TFRecord files of a folder; makes and stores it if there is none.
+        """Opens the index of all TFRecord files of a folder; makes and stores it if there is none that fits them.
 
         Args:
           counts: the number of records of each file.
 
         Raises:
-          ValueError, OSError or what NumPy raises: the index or a file is damaged, or they do not fit together.
+          ValueError, OSError: a file is damaged, or has another number of records.
         """
         stored = next(iter(counts)).with_name(NAME)
-        if found := stored.exists():
+        try:
             with stored.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:  # pickles can run code
-                lengths = {file: arrays[file.name] for file in counts}
-        else:
+                return cls(tuple(counts), _rows(counts, {file: arrays[file.name] for file in counts}))
+        except Exception:  # NumPy raises anything; a missing or damaged index costs a scan, and no more
             lengths = {file: scan(file) for file in counts}
-        rows = []
-        for number, (file, array) in enumerate(lengths.items()):
-            if len(array) != counts[file]:
-                raise ValueError(f"{file.name} has {len(array):,} records, not {counts[file]:,}")
-            ends, size = np.cumsum(array + FRAME), file.stat().st_size
-            if (end := ends[-1] if len(ends) else 0) != size:
-                raise ValueError(f"{file.name} is {'cut short' if size < end else 'too long'}")
-            rows.append(np.stack([np.full_like(ends, number), ends - array + HEADER - FRAME, array], axis=1))
-        if not found:
-            _store(stored, lengths)
-        return cls(tuple(counts), np.concatenate(rows))
+        rows = _rows(counts, lengths)
+        _store(stored, lengths)
+        return cls(tuple(counts), rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,6 +79,19 @@ class Reader:
     def __exit__(self, *_):
         for file in self._files.values():
             os.close(file)
+
+
+def _rows(counts: Mapping[pathlib.Path, int], lengths: Mapping[pathlib.Path, np.ndarray]) -> np.ndarray:
+    """`Index.rows` for the lengths of the records of each file; raises `ValueError` if they do not fit the files."""
+    rows = []
+    for number, (file, array) in enumerate(lengths.items()):
+        if array.shape != (counts[file],) or array.dtype != np.int64 or array.min(initial=0) < 0:
+            raise ValueError(f"{file.name} has {len(array):,} records, not {counts[file]:,}")
+        ends, size = np.cumsum(array + FRAME), file.stat().st_size
+        if (end := ends[-1] if len(ends) else 0) != size:
+            raise ValueError(f"{file.name} is {'cut short' if size < end else 'too long'}")
+        rows.append(np.stack([np.full_like(ends, number), ends - array + HEADER - FRAME, array], axis=1))
+    return np.concatenate(rows)
 
 
 def scan(file: pathlib.Path) -> np.ndarray:

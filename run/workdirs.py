@@ -49,28 +49,48 @@ def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     Raises:
       UserError: config.json is missing or damaged. Its values are not checked; see `schema.validate`.
     """
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no fields")
-        config = ml_collections.ConfigDict(schema.completed(content))
-        to_json(config)  # fails for what JSON cannot store again
-        return config
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
+    return _config(_content(workdir), workdir)
 
 
 def check(config, workdir: pathlib.Path) -> None:
     """Refuses a workdir that belongs to another config, and names the fields; raises `UserError`."""
     if not (workdir / "config.json").exists():
         return
-    if differ := differences(to_json(read_config(workdir)), to_json(config), CONTINUABLE, ("there", "here")):
+    content = _content(workdir)
+    theirs = _config(content, workdir)
+    if differ := differences(to_json(theirs), to_json(config), CONTINUABLE, ("there", "here")):
         raise UserError(f"{workdir} is the run of another config; take a new --workdir. Different: {differ}.")
+    # Factors of layers replaced the common ones before there were warm-ups; now they multiply.
+    before = "warmup" not in content.get("schedule", {})
+    if before and config.schedule.layers and config.schedule.factors:
+        raise UserError(
+            f"{workdir} was begun when schedule.layers replaced schedule.factors, and now they multiply; take a new "
+            f"--workdir, or the version of this code that began it."
+        )
+
+
+def _content(workdir: str | pathlib.Path) -> dict[str, Any]:
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no fields.")
+    return content
+
+
+def _config(content: dict[str, Any], workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
+    try:
+        config = ml_collections.ConfigDict(schema.completed(content))
+        to_json(config)  # fails for what JSON cannot store again
+        return config
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{pathlib.Path(workdir) / 'config.json'} is damaged: {str(error).rstrip('.')}.") from None
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...], places: tuple[str, str]) -> str:

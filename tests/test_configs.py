@@ -25,7 +25,7 @@ import runs
 import update
 from common import cli
 from common.errors import UserError
-from configs import alexnet
+from configs import alexnet, alexnet_2012
 from models.alexnet import LAYERS
 from run import schema, setup, workdirs
 
@@ -39,7 +39,7 @@ command = sys.argv = [sys.argv[1]]
 sys.path.insert(0, os.path.dirname(command[0]))
 import main, checkpoint, train
 import tensorflow, tensorflow_datasets
-from configs import alexnet
+from configs import alexnet, alexnet_2012
 from datasets import prepared, sources
 from run import setup
 
@@ -457,6 +457,39 @@ def test_a_mistake_in_a_recipe_is_one_sentence(command_line, tmp_path, content, 
         file.write_text(content)
     [(code, said)] = command_line.start([[f"--config={file}", f"--workdir={tmp_path / 'run'}"]])
     assert is_refused(code, said, "--config") and says in said, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config="], "--config= cannot be loaded"),
+        (["--config=/nowhere.py", f"--config={ROOT / 'configs/alexnet.py'}"], "--config is given 2 times"),
+        (
+            [f"--config={ROOT / 'configs/alexnet.py'}", "--config.batch_size=many"],
+            "batch_size=many must be an integer.",
+        ),
+        ([f"--config={ROOT / 'configs/alexnet.py'}", "--config.batch_size="], "batch_size= must be an integer."),
+        (
+            [f"--config={ROOT / 'configs/alexnet.py'}", "--config.schedule.warmup=a"],
+            "schedule.warmup=a must be a number.",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_read_are_one_sentence(command_line, tmp_path, arguments, says):
+    [(code, said)] = command_line.start([[*arguments, f"--workdir={tmp_path / 'run'}"]])
+    assert is_refused(code, said) and says in said, said
+
+
+def test_a_workdir_from_when_factors_of_layers_replaced_the_common_ones(tmp_path):
+    """The same values mean other rates now."""
+    config = alexnet_2012.get_config()
+    stored = workdirs.to_json(config)
+    workdirs.write_config(config, tmp_path)
+    workdirs.check(config, tmp_path)
+    del stored["schedule"]["warmup"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"was begun when schedule\.layers replaced schedule\.factors"):
+        workdirs.check(config, tmp_path)
 
 
 def test_debug_shows_the_traceback(command_line):

@@ -144,6 +144,7 @@ def test_adam_moves_every_parameter_by_its_rate():
         ({"optimizer.momentum": 1.0}, "optimizer.momentum"),
         ({"schedule.name": "plato"}, "did you mean plateau"),
         ({"schedule.patience": 0}, "schedule.patience"),
+        ({"schedule.warmup": 90.0}, "must be less than num_epochs=90.0"),
         ({"schedule.name": "steps", "schedule.factors": ((5.0, 0.1), (2.0, 0.01))}, "in order of the epochs"),
         ({"schedule.name": "steps", "schedule.factors": (30.0, 0.1)}, "with its comma"),
         ({"schedule.factors": ((5.0, 0.1),)}, "goes with schedule.name='steps'"),
