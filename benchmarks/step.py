@@ -225,7 +225,7 @@ def main() -> None:
             for batch_size in args.batch_sizes:
                 config = measure.recipe(args.config, batch_size, width, args.dtype)
                 config.optimizer.learning_rate = 1e-4  # stays finite on noise
-                results.append(run(config, args))
+                results.append({"config": args.config} | run(config, args))
                 print(", ".join(f"{name} {value}" for name, value in results[-1].items()))
         measure.report("step", results[0] if len(results) == 1 else {"runs": results})
     except UserError as error:
