@@ -16,8 +16,8 @@ import views
 from parallel import UNDER_WAY, Layout, first
 
 
-def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: str):
-    """Builds the function that evaluates one batch on all devices.
+def probabilities(network, mean_image: np.ndarray, options: Any, which: str):
+    """Builds the function that gives the probabilities of the classes for whole records.
 
     Args:
       network: module that maps (N, crop, crop, 3) images to logits.
@@ -26,20 +26,38 @@ def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: 
       which: 'centre', or 'ten' for the mean of the softmax over corners, centre and their reflections.
 
     Returns:
-      A function of (sharded parameters, sharded batch) that gives sums over the real examples of the global batch:
-      'loss', 'top1' and 'top5' (errors), 'examples', and per class 'class_examples' and 'class_errors'.
+      A function of (parameters, (N, S, S, 3) uint8 images) that gives (N, classes) float32.
     """
     places = views.offsets(mean_image.shape[0], options.crop, which)
 
-    def probabilities(params, images, place):
+    def of_place(params, images, place):
         view = views.to_input(views.cut(images, place, options.crop), mean_image, options.scale)
         sides = (view, view[:, :, ::-1]) if which == "ten" else (view,)
         return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
 
+    def of_images(params, images):
+        # One view after the other: all ten at once would need ten times the memory.
+        return jax.lax.map(functools.partial(of_place, params, images), places).mean(0)
+
+    return of_images
+
+
+def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: str, confusion: bool = False):
+    """Builds the function that evaluates one batch on all devices; for its arguments see also `probabilities`.
+
+    Args:
+      confusion: whether to count the predictions of every class as well.
+
+    Returns:
+      A function of (sharded parameters, sharded batch) that gives sums over the real examples of the global batch:
+      'loss', 'top1' and 'top5' (errors), 'examples', per class 'class_examples' and 'class_errors', and with
+      `confusion` the (true class, predicted class) matrix 'confusion'.
+    """
+    softmax_of = probabilities(network, mean_image, options, which)
+
     def step(params, batch):
         batch = layout.gather_rows(batch)
-        # One view after the other: all ten at once would need ten times the memory.
-        softmax = jax.lax.map(functools.partial(probabilities, params, batch["image"]), places).mean(0)
+        softmax = softmax_of(params, batch["image"])
         classes = softmax.shape[-1]
         label = jax.nn.one_hot(batch["label"], classes)
         right = jnp.sum(softmax * label, -1)
@@ -56,6 +74,11 @@ def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: 
             "class_examples": mask @ label,
             "class_errors": wrong @ label,
         }
+        if confusion:
+            # If an example is wrong, its prediction is another class, even where that one is only as probable.
+            other = jax.nn.one_hot(jnp.argmax(jnp.where(label > 0, -1.0, softmax), -1), classes)
+            predicted = jnp.where(wrong[:, None] > 0, other, label)
+            sums["confusion"] = (label * mask[:, None]).T @ predicted
         return layout.sum(sums)
 
     return layout.map(step)
@@ -64,16 +87,20 @@ def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: 
 def run(
     step, params: Any, batches: Iterable[Any], layout: Layout, after_batch: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Evaluates all batches and divides once.
+    """Evaluates all batches and divides once: `errors` of `totals`."""
+    return errors(totals(step, params, batches, layout, after_batch))
+
+
+def totals(
+    step, params: Any, batches: Iterable[Any], layout: Layout, after_batch: Callable[[], None] = lambda: None
+) -> dict[str, np.ndarray]:
+    """The sums over all batches, in float64.
 
     Args:
       step: what `build` returned.
       params: sharded parameters.
       batches: host batches with 'image', 'label' and 'mask'.
       after_batch: called after each batch is dispatched; what it raises ends the evaluation.
-
-    Returns:
-      'loss' (nats an example), 'top1_error', 'top5_error' and 'mean_class_accuracy' (over classes that have examples).
     """
     total, under_way = {}, collections.deque()
 
@@ -88,6 +115,15 @@ def run(
         after_batch()
         take_in(at_most=UNDER_WAY)
     take_in(at_most=0)
+    return total
+
+
+def errors(total: dict[str, np.ndarray]) -> dict[str, float]:
+    """What `totals` says of each example.
+
+    Returns:
+      'loss' (nats an example), 'top1_error', 'top5_error' and 'mean_class_accuracy' (over classes that have examples).
+    """
     examples, seen = total["examples"], total["class_examples"] > 0
     accuracy = 1 - total["class_errors"][seen] / total["class_examples"][seen]
     return {

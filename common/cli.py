@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from common import exits
 from common.errors import KINDS, UserError, nearest, require, shortened, shown
 
+HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, not its sentence alone.")
 
 
@@ -29,10 +30,15 @@ def define_config() -> flags.FlagHolder:
         _fail(f"--flagfile cannot be read: {error}")
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
     """Parses the flags, calls `main(argv)`, and ends the process; see `exits` for the codes.
 
-    A `UserError`, and an `OSError` with a reason, end in one sentence.
+    A `UserError`, and an `OSError` with a reason, end in one sentence. `--help` prints the docstring of the program's
+    module and its flags.
+
+    Args:
+      main: the program.
+      takes: the arguments that are no flags, as help shows them, such as 'FILE …'; '' for a program without.
     """
 
     def guarded(argv):
@@ -40,7 +46,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             logging.set_verbosity(logging.FATAL)
             sys.unraisablehook = _without_tensorstore
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes:
                 raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
             return main(argv)
         except UserError as error:
@@ -53,7 +59,29 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             traceback.print_exc()
             exits.leave(exits.DEFECT)
 
+    if any(argument in HELP for argument in _options(sys.argv)):
+        print(_help(main, takes))
+        exits.leave(0)
     app.run(guarded, flags_parser=_parse)
+
+
+def _options(argv: list[str]) -> list[str]:
+    """The arguments before a lone `--`, which ends the flags."""
+    return argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+
+
+def _help(main: Callable, takes: str) -> str:
+    """The docstring of the module of `main`, and a line for each of its flags and those of this module."""
+    program, modules = sys.modules[main.__module__], flags.FLAGS.flags_by_module_dict()
+    # absl files the flags of a program that was started by its path, and not imported, under that path.
+    found = [*modules.get(main.__module__, ()), *modules.get(sys.argv[0], ()), *modules.get(__name__, ())]
+    rows = [(takes, "")] if takes else []
+    for flag in sorted(found, key=lambda flag: (flag.name == "debug", flag.name != "config")):
+        default = "" if flag.default in (None, "", False, 0, -1) else f" [{flag.default}]"
+        rows.append((f"--{flag.name}{'' if flag.boolean else '=…'}", f"{flag.help}{default}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
+    return "\n".join([inspect.cleandoc(program.__doc__), "", *lines])
 
 
 def _fail(sentence: str):

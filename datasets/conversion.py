@@ -46,7 +46,7 @@ class Conversion:
     def __init__(self, source: Source, size: int, train_split: str, max_pixels: int, advance: Callable[[], None]):
         self._source, self._train_split, self._advance = source, train_split, advance
         self._ahead = AHEAD // (3 * size**2)
-        reading, decoding = Budget(_most_bytes(max_pixels)), Budget(max_pixels)
+        reading, decoding = Budget(most_bytes(max_pixels)), Budget(max_pixels)
         self._convert = functools.partial(
             _convert, size=size, max_pixels=max_pixels, reading=reading, decoding=decoding
         )
@@ -61,7 +61,7 @@ class Conversion:
           UserError: a label is out of range, or no file of the split is readable.
         """
         classes = len(self._source.class_names)
-        for number, made in enumerate(_in_order(self._convert, self._source.files(split), self._ahead)):
+        for number, made in enumerate(in_order(self._convert, self._source.files(split), self._ahead)):
             self._advance()
             self.hashes[split].append(made.hash)
             if made.reason:
@@ -92,7 +92,8 @@ class _Made(NamedTuple):
     reason: str = ""
 
 
-def _most_bytes(max_pixels: int) -> int:
+def most_bytes(max_pixels: int) -> int:
+    """The longest file in which an image of so many pixels is looked for."""
     return BYTES_PER_PIXEL * max_pixels + (1 << 20)
 
 
@@ -100,7 +101,7 @@ def _convert(file: File, size: int, max_pixels: int, reading: Budget, decoding: 
     try:
         with file.open() as stream:
             length = stream.seek(0, os.SEEK_END)
-            if length > _most_bytes(max_pixels):
+            if length > most_bytes(max_pixels):
                 raise Unreadable(f"it has {length:,} bytes, more than an image of {max_pixels:,} pixels needs")
             with reading.hold(length):
                 stream.seek(0)
@@ -117,7 +118,7 @@ def _convert(file: File, size: int, max_pixels: int, reading: Budget, decoding: 
     return _Made(file, example, pixels, outer_product(pixels), hash=int.from_bytes(digest, "little"))
 
 
-def _in_order(function: Callable, items: Iterable, ahead: int) -> Iterator:
+def in_order(function: Callable, items: Iterable, ahead: int) -> Iterator:
     """Maps in threads, at most `ahead` results in advance. Pillow decodes without holding the interpreter's lock."""
     workers = host.cores()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -58,12 +58,18 @@ class Budget:
                 self._changed.notify_all()
 
 
-def to_record(data: bytes, size: int, max_pixels: int, decoding: Budget | None = None) -> tuple[bytes, np.ndarray]:
-    """Makes a size×size RGB image of any image file (paper, section 2).
+def square_of(image: Image.Image, size: int) -> Image.Image:
+    """Makes a size×size RGB image of any Pillow image (paper, section 2).
 
     One resampling scales the shorter side to `size` and takes the central square. Pillow's bicubic filter averages over
     as many pixels as it skips. Everything becomes RGB: greyscale, CMYK, palettes, 16 bits, and the first frame of an
     animation. Transparency shows white, and EXIF orientation is applied.
+    """
+    return _square(_rgb(image), _orientation(image), size)
+
+
+def to_square(data: bytes, size: int, max_pixels: int, decoding: Budget | None = None) -> tuple[Image.Image, bool]:
+    """Makes a size×size RGB image of any image file, see `square_of`.
 
     Args:
       data: the content of the file.
@@ -72,8 +78,7 @@ def to_record(data: bytes, size: int, max_pixels: int, decoding: Budget | None =
       decoding: the pixels that all threads together may decode at once; each takes about 16 bytes of memory.
 
     Returns:
-      The record, encoded as PNG up to LOSSLESS_UP_TO pixels a side and as JPEG above.
-      (size, size, 3) uint8: its pixels before encoding.
+      The image, and whether the file can be its record as it is.
 
     Raises:
       Unreadable: the file has no image, a damaged one, or one with too many pixels.
@@ -97,13 +102,23 @@ def to_record(data: bytes, size: int, max_pixels: int, decoding: Budget | None =
             pixels = pixels if progressive else image.width * image.height
             with decoding.hold(pixels) if decoding else contextlib.nullcontext():
                 image.load()
-                if ready:
-                    return data, np.asarray(image)
-                image = _square(_rgb(image), _orientation(image), size)
+                return image if ready else square_of(image, size), ready
     except Image.UnidentifiedImageError:
         raise Unreadable(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise Unreadable(printable(" ".join(str(error).split())) or type(error).__name__) from None
+
+
+def to_record(data: bytes, size: int, max_pixels: int, decoding: Budget | None = None) -> tuple[bytes, np.ndarray]:
+    """Makes a record of any image file; for the arguments and errors see `to_square`.
+
+    Returns:
+      The record, encoded as PNG up to LOSSLESS_UP_TO pixels a side and as JPEG above.
+      (size, size, 3) uint8: its pixels before encoding.
+    """
+    image, ready = to_square(data, size, max_pixels, decoding)
+    if ready:
+        return data, np.asarray(image)
     file = io.BytesIO()
     if size > LOSSLESS_UP_TO:
         # Nearly all photographs come with colour at half resolution, and it decodes faster.

@@ -105,7 +105,8 @@ def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str
     return _tfds(name, data_dir, manual_dir)
 
 
-def _open(file: pathlib.Path) -> BinaryIO:
+def open_file(file: pathlib.Path) -> BinaryIO:
+    """Opens a regular file for reading; raises `OSError` for anything else."""
     if file.exists() and not file.is_file():  # opening a pipe would wait forever
         raise OSError("it is not a regular file")
     return file.open("rb")
@@ -150,7 +151,7 @@ def _folder(root: pathlib.Path, train_split: str) -> Source:
 
     def files(split):
         for name, label in listed[split]:
-            yield File(name, label, functools.partial(_open, root / name))
+            yield File(name, label, functools.partial(open_file, root / name))
 
     listed = {split: list(list_files(split)) for split in classes}
     for split in listed:

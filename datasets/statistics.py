@@ -5,6 +5,9 @@ import pathlib
 
 import numpy as np
 
+# Of what `load` returns; None stands for the side of the images in pixels.
+SHAPES = {"mean_image": (None, None, 3), "principal_std": (3,), "principal_components": (3, 3)}
+
 
 @dataclasses.dataclass
 class Statistics:
@@ -55,7 +58,7 @@ def load(path: pathlib.Path, size: int) -> dict[str, np.ndarray]:
     Raises:
       ValueError or what NumPy raises: the file is damaged.
     """
-    shapes = {"mean_image": (size, size, 3), "principal_std": (3,), "principal_components": (3, 3)}
+    shapes = {name: tuple(side or size for side in shape) for name, shape in SHAPES.items()}
     # Pickles can run code. A file that `np.load` itself opens stays open if it is damaged.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in shapes}

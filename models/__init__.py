@@ -22,7 +22,7 @@ The last layer gives the logits.
 result with `sow('intermediates', f'{layer}_joined', …)`.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
-and `rows` as well), so that a tool can intercept them.
+and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last.
 
 **convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
 On a CPU device with several cores it runs on the two halves of a batch.
@@ -31,6 +31,7 @@ On a CPU device with several cores it runs on the two halves of a batch.
 import dataclasses
 import math
 import typing
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -92,6 +93,34 @@ def _config_fields(network_class) -> dict[str, dataclasses.Field]:
     for internal in ("parent", "name", "placement"):
         del fields[internal]
     return {"init" if name == "initial_weights" else name: field for name, field in fields.items()}
+
+
+def activations(
+    network: nn.Module, params: Any, images: jax.Array, **options
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes the logits, and for each layer what `activate` makes of it; for the last layer, the logits.
+
+    Args:
+      network, params: the network, and its parameters on this device.
+      images, options: arguments of the call, see `models`; `rngs` as well.
+
+    Returns:
+      The logits, and {layer: (N, …, maps of the towers here)} in order of computation.
+    """
+    found, layer = {}, None
+
+    def note(call, args, kwargs, context):
+        nonlocal layer
+        result = call(*args, **kwargs)
+        if context.method_name == "__call__" and len(context.module.path) == 1:
+            layer = context.module.name
+        elif context.method_name == "activate":
+            found.setdefault(layer, []).append(result)  # twice if `cpu.in_halves` computes the batch in two halves
+        return result
+
+    with nn.intercept_methods(note):
+        logits = network.apply({"params": params}, images, **options)
+    return logits, {name: jnp.concatenate(parts) for name, parts in found.items()} | {layer: logits}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoint
+import models
 import optimizer
 import parallel
 import update
@@ -131,11 +132,14 @@ def _open_workdir(run: Run) -> None:
     """Opens the workdir, and restores the newest checkpoint or initialises the state."""
     # Read before anything is written, because it may be missing. A run that has a checkpoint no longer needs it.
     begun = checkpoint.exists(run.workdir)
-    taken_over = pretrained(run.config, run.shapes) if run.config.init_from and not begun else {}
+    taken_over = (
+        pretrained(run.config, run.shapes, run.records.class_names) if run.config.init_from and not begun else {}
+    )
 
     run.lock = workdirs.lock(run.workdir)
     workdirs.check(run.config, run.workdir)  # again: another run may have begun here since the first check
     workdirs.write_config(run.config, run.workdir)
+    workdirs.write_dataset(run.records, run.workdir)
     run.checkpoints = checkpoint.Checkpoints(run.workdir)
     if restored := run.checkpoints.restore_latest(run.shapes):
         run.state, run.known = restored
@@ -148,8 +152,10 @@ def _open_workdir(run: Run) -> None:
     run.state = state.replace(params=flax.traverse_util.unflatten_dict(params | taken_over))
 
 
-def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray]:
+def pretrained(config, shapes: update.State, class_names: tuple[str, ...]) -> dict[tuple[str, ...], np.ndarray]:
     """The parameters of the workdir `config.init_from` that have the shapes of this network's, by path.
+
+    The last layer counts only if that run had the same classes, `class_names`. Runs of earlier versions do not tell.
 
     Raises:
       UserError: it is no workdir, or nothing in it fits.
@@ -168,6 +174,9 @@ def pretrained(config, shapes: update.State) -> dict[tuple[str, ...], np.ndarray
     mine = flax.traverse_util.flatten_dict(shapes.params)
     source = flax.traverse_util.flatten_dict(state.params)
     fitting = {path: leaf for path, leaf in source.items() if path in mine and mine[path].shape == leaf.shape}
+    if (origin / "dataset.npz").exists() and workdirs.read_dataset(origin).class_names != class_names:
+        last = models.layer_table(config.model, config.input.crop)[-1].name
+        fitting = {path: leaf for path, leaf in fitting.items() if path[0] != last}
     if not fitting:
         raise UserError(f"init_from={config.init_from}: no parameter there has the shape of one here.")
     return fitting

@@ -1,14 +1,18 @@
-"""The folder of a run and the config in it: compared and written at every start, and read by the tools."""
+"""The folder of a run, its config and what it needs of its data set: written at every start, and read by the tools."""
 
+import contextlib
 import fcntl
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import IO, Any
 
 import ml_collections
+import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, shortened, shown
+from datasets import prepared, statistics
 from run import schema
 
 # How long a start waits for the run before it, which may be saving after a signal.
@@ -141,9 +145,65 @@ def lock(workdir: pathlib.Path) -> IO:
 
 def write_config(config, workdir: pathlib.Path) -> None:
     """Writes config.json, whole or not at all."""
-    try:
-        partial = workdir / "config.json.tmp"
+    with _replacing(workdir / "config.json") as partial:
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
+
+
+def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
+    """Writes dataset.npz, whole or not at all: what the network needs when the data set is gone.
+
+    Raises:
+      UserError: the run was begun on other classes, or the folder cannot be written.
+    """
+    begun = here = records.class_names
+    with contextlib.suppress(UserError):  # it is missing, or damaged and replaced now
+        begun = read_dataset(workdir).class_names
+    if begun != here:
+        only_there, only_here = sorted(set(begun) - set(here)), sorted(set(here) - set(begun))
+        raise UserError(
+            f"{workdir} was begun with other classes than {records.directory} has; take a new --workdir. "
+            f"Only there: {shown(only_there)}; only here: {shown(only_here)}."
+        )
+    with _replacing(workdir / "dataset.npz") as partial, partial.open("wb") as file:
+        arrays = {name: getattr(records, name) for name in statistics.SHAPES}
+        directory = np.array(str(records.directory.resolve()))
+        np.savez(file, **arrays, class_names=np.array(records.class_names), directory=directory)
+
+
+def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:
+    """Reads dataset.npz: records without splits, with the folder where they were when the run last began.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = pathlib.Path(workdir) / "dataset.npz"
+    cure = "start main.py with its data once more, which writes it"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            size, names = stored["mean_image"].shape[0], stored["class_names"]
+            directory = pathlib.Path(str(stored["directory"]))
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise ValueError("class_names is no list of names")
+        return prepared.Records(directory, tuple(map(str, names)), **statistics.load(path, size))
+    except FileNotFoundError:
+        raise UserError(f"{workdir} has no dataset.npz, like the runs of earlier versions; {cure}.") from None
+    except Exception as error:  # NumPy and zipfile raise anything on damaged files
+        reason = getattr(error, "strerror", None) or shortened(" ".join(str(error).split())) or type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}); {cure}.") from None
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path to write to; what is written there takes the place of `path` in one step.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from None
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"--workdir={path.parent} cannot be written: {error.strerror}.") from None

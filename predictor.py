@@ -1,0 +1,243 @@
+"""A trained network, ready for photographs. In plain Python, from the folder of this file:
+
+    from predictor import Predictor
+    network = Predictor("runs/caltech101")
+    print(network.predict("photo.jpg"))
+
+It needs the workdir alone, wherever that lies now, and neither the data set nor TensorFlow. It computes on all devices
+of this process, each with the whole network and its part of a batch.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import PIL.Image
+from absl import logging
+
+import checkpoint
+import evaluate
+import models
+import update
+import views
+from common.errors import UserError, check_name, require, shown
+from datasets import conversion, images, sources, wordnet
+from parallel import UNDER_WAY, Layout, addressable
+from run import setup, workdirs
+
+
+class Photograph(NamedTuple):
+    """One image file: its name, and its central square, (S, S, 3) uint8 RGB, or the reason why there is none."""
+
+    file: str
+    pixels: np.ndarray | None
+    reason: str = ""
+
+
+class Predictor:
+    """The network of a workdir with the parameters of one of its checkpoints.
+
+    Args:
+      workdir: folder of a run.
+      step: 'best' (the lowest validation error; the latest if none was measured), 'latest', or the number of a step.
+      views: 'ten' averages the softmax over the paper's ten views (section 4.1); 'centre' takes the central one.
+      batch_size: images that are computed at once.
+
+    Attributes:
+      workdir: the folder.
+      config: the run's config.
+      records: its class names, mean image and principal components; see `datasets.prepared.Records`.
+      labels: readable names of the classes, in the order of the probabilities; see `datasets.wordnet`.
+      params: the merged parameters, {layer: {'kernel', 'bias'}}, as NumPy arrays.
+      step: the number of updates they have had.
+      size: side in pixels of the squares that it sees.
+
+    Raises:
+      UserError: the folder is not that of a run, or something in it is missing or damaged.
+    """
+
+    def __init__(
+        self, workdir: str | pathlib.Path, *, step: str | int = "best", views: str = "ten", batch_size: int = 64
+    ):
+        self.workdir = workdirs.expanded(workdir)
+        check_views(views)
+        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
+        self.config = workdirs.read_config(self.workdir)
+        shapes = setup.state_shapes(self.config)
+        self.records = workdirs.read_dataset(self.workdir)
+        resize, classes = self.config.input.resize, self.config.model.num_classes
+        fits = (self.records.image_size, self.records.num_classes) == (resize, classes)
+        require(fits, f"{self.workdir}: dataset.npz is of another run than config.json.")
+        self.labels = wordnet.words(self.records.class_names)
+        self.size, self.batch_size, self._views = resize, batch_size, views
+        state = _restore(self.workdir, shapes, step)
+        self.params, self.step = state.params, int(state.step)
+        self._layout = Layout(1, towers=self.config.model.towers)
+        self._network = update.build_network(self.config, self._layout)
+        self._sharded = self._layout.shard(self.params)
+
+    def predict(self, image: Any, top: int = 5) -> list[tuple[str, float]]:
+        """The `top` most probable labels of one image with their probabilities, the most probable first.
+
+        Args:
+          image: a file's path, its content in bytes, a Pillow image, or a (H, W, 3) uint8 RGB array.
+          top: how many labels.
+
+        Raises:
+          UserError: there is no usable image.
+        """
+        pixels = self.load(image)
+        return self.top(next(self.probabilities([pixels])), top)
+
+    def top(self, probabilities: np.ndarray, top: int = 5) -> list[tuple[str, float]]:
+        """The `top` most probable labels of a row of probabilities, the most probable first."""
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        return [(self.labels[label], float(probabilities[label])) for label in order]
+
+    def load(self, image: Any) -> np.ndarray:
+        """The central square of an image, (S, S, 3) uint8, as preparation makes it; for the argument see `predict`.
+
+        Raises:
+          UserError: there is no usable image.
+        """
+        try:
+            return _square(image, self.size, self.config.dataset.max_pixels)
+        except images.Unreadable as error:
+            name = f"{image}: " if isinstance(image, str | pathlib.Path) else ""
+            raise UserError(f"{name}{error}.") from None
+
+    def read(self, files: Iterable[str]) -> Iterator[Photograph]:
+        """Reads image files in threads, in their order. Those that cannot be read come with the reason."""
+
+        def photograph(file):
+            try:
+                return Photograph(file, _square(file, self.size, self.config.dataset.max_pixels))
+            except images.Unreadable as error:
+                return Photograph(file, None, str(error))
+
+        return conversion.in_order(photograph, files, ahead=2 * self.batch_size)
+
+    def probabilities(self, squares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the probabilities of the classes, (classes,) float32, for each of (S, S, 3) uint8 squares."""
+        if not hasattr(self, "_probabilities"):
+            step = evaluate.probabilities(self._network, self.records.mean_image, self.config.input, self._views)
+            self._probabilities = self._layout.map(lambda params, batch: step(params, batch))
+        return self._over(self._probabilities, squares)
+
+    def features(self, squares: Iterable[np.ndarray], layers: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Yields what the layers give for the centre view of each of (S, S, 3) uint8 squares; see `models.activations`.
+
+        Raises:
+          UserError: the network has no such layer.
+        """
+        for layer in layers:
+            check_name("layer", layer, self.layers)
+        return self._over(self._features(tuple(layers)), squares)
+
+    @functools.cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers with parameters, in order of computation."""
+        return tuple(row.name for row in self.table)
+
+    @functools.cached_property
+    def table(self) -> list[models.Row]:
+        """The network layer by layer; see `models.layer_table`."""
+        return models.layer_table(self.config.model, self.config.input.crop)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 -- a predictor lives as long as its program
+    def _features(self, layers):
+        options = self.config.input
+
+        def step(params, batch):
+            view = views.to_input(views.center(batch, options.crop), self.records.mean_image, options.scale)
+            _, found = models.activations(self._network, params, view)
+            return {layer: found[layer] for layer in layers}
+
+        return self._layout.map(step)
+
+    def _over(self, function: Callable, squares: Iterable[np.ndarray]) -> Iterator[Any]:
+        """Yields the rows of `function(params, batch)` over batches of squares, without the padding of the last one."""
+        squares, under_way, most = iter(squares), [], 0
+        while batch := list(itertools.islice(squares, self.batch_size)):
+            # A power of two, so that few programs are compiled for few images, or the size of the batches before.
+            most = most or _padded(len(batch), self._layout.size)
+            padding = [np.zeros_like(batch[0])] * (most - len(batch))
+            under_way.append((len(batch), function(self._sharded, self._layout.put(np.stack(batch + padding)))))
+            if len(under_way) > UNDER_WAY:
+                yield from _rows(*under_way.pop(0))
+        for count, result in under_way:
+            yield from _rows(count, result)
+
+
+def check_views(name: str) -> None:
+    """Refuses what is no name of views; raises `UserError`."""
+    check_name("views", name, views.VIEWS)
+
+
+def find(names: Iterable[str]) -> list[str]:
+    """The image files that are meant: files as they are, and in folders all with an image's suffix, sorted.
+
+    Raises:
+      UserError: something is not there, or there is no image.
+    """
+    found = []
+    for name in names:
+        path = workdirs.expanded(name, "FILE")
+        require(path.exists(), f"{shown(name)} is not there.")
+        if not path.is_dir():
+            found.append(str(path))
+            continue
+        inside = (file for file in path.rglob("*") if file.suffix.lower() in sources.IMAGE_SUFFIXES)
+        before = len(found)
+        found += sorted(str(file) for file in inside if file.is_file())
+        require(len(found) > before, f"{shown(name)} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
+    return found
+
+
+def _square(image: Any, size: int, max_pixels: int) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise images.Unreadable(f"an array must be (height, width, 3) uint8, not {image.shape} {image.dtype}")
+        image = PIL.Image.fromarray(image)
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(images.square_of(image, size))
+    if not isinstance(image, bytes):
+        try:
+            with sources.open_file(pathlib.Path(image)) as file:
+                image = file.read(conversion.most_bytes(max_pixels))
+        except OSError as error:
+            raise images.Unreadable(error.strerror or str(error)) from None
+    return np.asarray(images.to_square(image, size, max_pixels)[0])
+
+
+def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> update.State:
+    """The merged state of a checkpoint; for `step` see `Predictor`."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what a reader without devices leaves out
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        require(checkpoints.steps(), f"{workdir} has no checkpoint yet.")
+        if step == "best" and (best := checkpoints.restore_best(shapes)):
+            return best[1]
+        if step in ("best", "latest"):
+            return checkpoints.restore_latest(shapes)[0]
+        known = checkpoints.steps()
+        number = int(step) if str(step).isdecimal() else None
+        at_hand = ", ".join(map(str, known))
+        require(number in known, f"step={shown(step)}: it is best, latest, or a step that has a checkpoint: {at_hand}.")
+        return checkpoints.restore(number, shapes)[0]
+
+
+def _padded(count: int, devices: int) -> int:
+    """The least power of two that is no less than `count`, or the least multiple of `devices` above it."""
+    power = 1 << (count - 1).bit_length()
+    return -(-power // devices) * devices
+
+
+def _rows(count: int, result: Any) -> Iterator[Any]:
+    """The first `count` rows of a tree of sharded arrays, each as a tree of NumPy arrays."""
+    whole = jax.tree.map(lambda leaf: np.concatenate(addressable(leaf)), result)
+    for row in range(count):
+        yield jax.tree.map(lambda leaf, row=row: leaf[row], whole)
