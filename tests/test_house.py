@@ -12,12 +12,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a room imports from lower lines only, or from its own, and never in a circle.
 FLOORS = (
     ("common",),
-    ("parallel", "views", "configs", "datasets"),
+    ("parallel", "views", "configs", "datasets", "drawing"),
     ("models",),
     ("optimizer", "input_pipeline"),
     ("update", "evaluate", "checkpoint"),
     ("run",),
-    ("train",),
+    ("train", "predictor"),
     ("main", "tools", "benchmarks"),
 )
 MOST_LINES = 350
