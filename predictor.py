@@ -25,7 +25,7 @@ import models
 import update
 import views
 from common.errors import UserError, check_name, require, shown
-from datasets import conversion, images, sources, wordnet
+from datasets import conversion, images, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable
 from run import setup, workdirs
 
@@ -137,6 +137,28 @@ class Predictor:
         for layer in layers:
             check_name("layer", layer, self.layers)
         return self._over(self._features(tuple(layers)), squares)
+
+    def data(self, data_dir: str = "") -> prepared.Records:
+        """Opens the prepared set of the run: in `data_dir`, in the config's, or in its folder when the run last began.
+
+        Raises:
+          UserError: it is in none of them, it is damaged, or it has other classes.
+        """
+        dataset = self.config.dataset
+        name = sources.prepared_name(dataset.name)
+        places = [data_dir] if data_dir else [dataset.data_dir]
+        found = [prepared.directory(workdirs.expanded(place, "data_dir"), name, self.size) for place in places]
+        found += [] if data_dir else [self.records.directory]
+        for directory in found:
+            if directory.is_dir():
+                records = prepared.Records.open(directory)
+                same = records.class_names == self.records.class_names
+                require(same, f"{directory} has other classes than {self.workdir}.")
+                return records
+        raise UserError(
+            f"The records of {dataset.name}, on which {self.workdir} was trained, are not in "
+            f"{' or '.join(str(path.parent) for path in found)}; name the folder that holds prepared/ with --data_dir."
+        )
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
