@@ -10,7 +10,9 @@ of this process, each with the whole network and its part of a batch.
 
 import functools
 import itertools
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from run import setup, workdirs
 
 
 class Photograph(NamedTuple):
-    """One image file: its name, and its central square, (S, S, 3) uint8 RGB, or the reason why there is none."""
+    """One image: its file (- for stdin), and its central square, (S, S, 3) uint8 RGB, or why there is none."""
 
     file: str
     pixels: np.ndarray | None
@@ -73,10 +75,11 @@ class Predictor:
         fits = (self.records.image_size, self.records.num_classes) == (resize, classes)
         require(fits, f"{self.workdir}: dataset.npz is of another run than config.json.")
         self.labels = wordnet.words(self.records.class_names)
-        self.size, self.batch_size, self._views = resize, batch_size, views
+        self.size, self._views = resize, views
         state = _restore(self.workdir, shapes, step)
         self.params, self.step = state.params, int(state.step)
         self._layout = Layout(1, towers=self.config.model.towers)
+        self.batch_size = -(-batch_size // self._layout.size) * self._layout.size
         self._network = update.build_network(self.config, self._layout)
         self._sharded = self._layout.shard(self.params)
 
@@ -110,14 +113,15 @@ class Predictor:
             name = f"{image}: " if isinstance(image, str | pathlib.Path) else ""
             raise UserError(f"{name}{error}.") from None
 
-    def read(self, files: Iterable[str]) -> Iterator[Photograph]:
-        """Reads image files in threads, in their order. Those that cannot be read come with the reason."""
+    def read(self, files: Iterable[str | bytes]) -> Iterator[Photograph]:
+        """Reads images, see `find`, in threads and in their order. Those that cannot be read come with the reason."""
 
         def photograph(file):
+            name = "-" if isinstance(file, bytes) else file
             try:
-                return Photograph(file, _square(file, self.size, self.config.dataset.max_pixels))
+                return Photograph(name, _square(file, self.size, self.config.dataset.max_pixels))
             except images.Unreadable as error:
-                return Photograph(file, None, str(error))
+                return Photograph(name, None, str(error))
 
         return conversion.in_order(photograph, files, ahead=2 * self.batch_size)
 
@@ -137,6 +141,16 @@ class Predictor:
         for layer in layers:
             check_name("layer", layer, self.layers)
         return self._over(self._features(tuple(layers)), squares)
+
+    def totals(self, batches: Iterable[Any]) -> dict[str, np.ndarray]:
+        """The sums over batches of examples that `evaluate.errors` divides, with the 'confusion' matrix.
+
+        Args:
+          batches: with 'image', 'label' and 'mask' as `input_pipeline.eval_batches` gives them, of `batch_size`.
+        """
+        mean_image, options = self.records.mean_image, self.config.input
+        step = evaluate.build(self._network, self._layout, mean_image, options, self._views, confusion=True)
+        return evaluate.totals(step, self._sharded, batches, self._layout)
 
     def data(self, data_dir: str = "") -> prepared.Records:
         """Opens the prepared set of the run: in `data_dir`, in the config's, or in its folder when the run last began.
@@ -200,14 +214,22 @@ def check_views(name: str) -> None:
     check_name("views", name, views.VIEWS)
 
 
-def find(names: Iterable[str]) -> list[str]:
-    """The image files that are meant: files as they are, and in folders all with an image's suffix, sorted.
+def find(names: Iterable[str]) -> list[str | bytes]:
+    """The images that are meant by names: files as they are, and in folders all with an image's suffix, sorted.
+
+    '-' is stdin: one image, given as its content in bytes, or the names of files and folders, one a line.
 
     Raises:
       UserError: something is not there, or there is no image.
     """
     found = []
     for name in names:
+        if name == "-":
+            content = sys.stdin.buffer.read()
+            require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
+            # Every image has zero bytes in its header, and no file's name has one.
+            found += [content] if b"\0" in content else find(line for line in os.fsdecode(content).splitlines() if line)
+            continue
         path = workdirs.expanded(name, "FILE")
         require(path.exists(), f"{shown(name)} is not there.")
         if not path.is_dir():

@@ -1,10 +1,11 @@
-"""The same network and training step in PyTorch, as fast as PyTorch makes them, for `benchmarks.step`."""
+"""The same network and training step in PyTorch, as fast as PyTorch makes them, for `benchmarks.step` and `benchmarks.predict`."""
 
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 CONVOLUTIONS = {"conv1": (4, 0, 1), "conv2": (1, 2, 2), "conv3": (1, 1, 1), "conv4": (1, 1, 2), "conv5": (1, 1, 2)}
 
@@ -121,3 +122,67 @@ class Step:
         """Returns when the device is done."""
         if self._cuda:
             torch.cuda.synchronize()
+
+
+class Prediction:
+    """Probabilities of photographs: Pillow in the worker processes of a DataLoader, then the network.
+
+    Args:
+      files: names of image files.
+      params: the merged parameters of the JAX network.
+      mean: (S, S, 3) float32; S is the side of the squares.
+      scale: multiplies the pixels after the mean is subtracted.
+      crop: side of the views.
+      views: 'ten' or 'centre'.
+      batch_size: photographs that are computed at once.
+      workers: processes of the DataLoader; they stay between passes.
+      compiled: whether to use `torch.compile`.
+    """
+
+    def __init__(self, *, files, params, mean, scale, crop, views, batch_size, workers, compiled):
+        self._crop, self._views, self._scale, self._size = crop, views, scale, mean.shape[0]
+        margin = (self._size - crop) // 2
+        self._mean = torch.tensor(mean[margin : margin + crop, margin : margin + crop]).permute(2, 0, 1)
+        self._network = AlexNet(params).eval()
+        self._forward = torch.compile(self._network, mode="max-autotune") if compiled else self._network
+        self._loader = torch.utils.data.DataLoader(
+            Squares(files, self._size), batch_size, num_workers=workers, persistent_workers=workers > 0
+        )
+
+    @torch.inference_mode()
+    def __call__(self) -> np.ndarray:
+        """A pass over all files: (N, classes) float32."""
+        return torch.cat([self._softmax(images) for images in self._loader]).numpy()
+
+    def _softmax(self, images):
+        margin, crop, total = self._size - self._crop, self._crop, 0
+        places = [(margin // 2, margin // 2)]
+        if self._views == "ten":
+            places += [(0, 0), (0, margin), (margin, 0), (margin, margin)]
+        views = 0
+        for top, left in places:
+            view = (images[:, :, top : top + crop, left : left + crop].float() - self._mean) * self._scale
+            for side in (view, view.flip(-1)) if self._views == "ten" else (view,):
+                total, views = total + torch.softmax(self._forward(side), -1), views + 1
+        return total / views
+
+
+class Squares(torch.utils.data.Dataset):
+    """The central squares of image files, (3, S, S) uint8, by Pillow alone and as fast as it can: with `draft`."""
+
+    def __init__(self, files, size):
+        self._files, self._size = files, size
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, number):
+        with Image.open(self._files[number]) as image:
+            scale = 2 * self._size / min(image.size)
+            image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
+            image = image.convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)

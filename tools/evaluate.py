@@ -1,0 +1,211 @@
+"""Measures a trained network on a split: `python -m tools.evaluate --workdir=runs/caltech101`.
+
+    python -m tools.evaluate --workdir=runs/caltech101 --views=centre       as during training
+    python -m tools.evaluate --workdir=runs/caltech101 --split=train        another split, or a part: 'train[:10%]'
+    python -m tools.evaluate --workdir=runs/caltech101 --dataset=photos/    CLASS/*.jpg or SPLIT/CLASS/*.jpg
+    python -m tools.evaluate --workdir=runs/alexnet --dataset=imagenet_v2   a TFDS name
+
+Prints the errors, the classes that are best and worst, and the most frequent confusions. The folder --out gets
+metrics.json, classes.csv, confusion.csv and confusion.png; a row of the matrix is a true class.
+"""
+
+import csv
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+import evaluate
+import input_pipeline
+from common import cli
+from common.errors import UserError, nearest, require, shown
+from common.progress import progress
+from datasets import prepared, sources
+from drawing import canvas, plots
+from predictor import Predictor
+from run import workdirs
+from tools import shared
+
+SPLIT = flags.DEFINE_string("split", "", "The split; by default the one that the run evaluates.")
+DATASET = flags.DEFINE_string("dataset", "", "Another data set with the run's classes: a folder, or a TFDS name.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Where prepared/ lies; by default where the run found it.")
+OUT = flags.DEFINE_string("out", "", "Folder for the results; by default evaluation/ in the workdir.")
+JSON = flags.DEFINE_bool("json", False, "Print the errors as one JSON object.")
+shared.define_network()
+
+SHOWN = 5  # classes and confusions
+
+
+def main(_) -> None:
+    """Evaluates, prints and writes."""
+    network = shared.network()
+    out = workdirs.expanded(OUT.value or network.workdir / "evaluation", "--out")
+    batches, name, count = _batches(network)
+    with progress("evaluate", count, sys.stderr) as advance:
+        totals = network.totals(_counted(batches, advance))
+    errors, matrix = evaluate.errors(totals), totals["confusion"]
+    if network.config.model.num_classes <= 5:
+        del errors["top5_error"]  # it is 0
+    about = {
+        "step": network.step,
+        "views": shared.chosen("views"),
+        "dataset": name,
+        "examples": int(totals["examples"]),
+    }
+    accuracy = _accuracy(totals)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "metrics.json", json.dumps(about | errors, indent=2) + "\n")
+        _write(out / "classes.csv", _classes_csv(network, matrix, totals, accuracy))
+        _write(out / "confusion.csv", _table([["", *network.labels], *_matrix_rows(network, matrix)]))
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}.") from None
+    canvas.save(plots.confusion(matrix, network.labels), out / "confusion.png")
+    print(json.dumps(about | errors) if JSON.value else _report(network, about, errors, matrix, accuracy, out))
+
+
+def _report(network, about, errors, matrix, accuracy, out) -> str:
+    lines = [
+        f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}",
+        *(
+            f"{name.replace('_', ' '):<20} {value:.4f}"
+            if name == "loss"
+            else f"{name.replace('_', ' '):<20} {value:.2%}"
+            for name, value in errors.items()
+        ),
+    ]
+    seen = np.flatnonzero(~np.isnan(accuracy))
+    order = seen[np.argsort(accuracy[seen], kind="stable")]
+    half = min(SHOWN, max(1, len(order) // 2))
+    for title, labels in (("best classes", order[::-1][:half]), ("worst classes", order[:half])):
+        lines += ["", title, *(f"  {accuracy[i]:7.1%}  {network.labels[i]}" for i in labels)]
+    wrong = matrix - np.diag(np.diag(matrix))
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN]
+    found = [(wrong.flat[i], *np.unravel_index(i, wrong.shape)) for i in pairs if wrong.flat[i] > 0]
+    lines += ["", "most frequent confusions"] if found else []
+    lines += [
+        f"  {count:7.0f}  {network.labels[true]} taken for {network.labels[predicted]}"
+        for count, true, predicted in found
+    ]
+    return "\n".join([*lines, "", f"written to {out}: metrics.json, classes.csv, confusion.csv, confusion.png"])
+
+
+def _accuracy(totals) -> np.ndarray:
+    """By class; not a number for a class without examples."""
+    examples = totals["class_examples"]
+    return np.where(examples > 0, 1 - totals["class_errors"] / np.maximum(examples, 1), np.nan)
+
+
+def _classes_csv(network, matrix, totals, accuracy) -> str:
+    rows = [["class", "label", "examples", "accuracy", "most frequent mistake", "its count"]]
+    for i, (name, label) in enumerate(zip(network.records.class_names, network.labels, strict=True)):
+        mistakes = matrix[i].copy()
+        mistakes[i] = 0
+        most = int(np.argmax(mistakes))
+        worst = [network.labels[most], int(mistakes[most])] if mistakes[most] else ["", 0]
+        share = "" if np.isnan(accuracy[i]) else round(float(accuracy[i]), 6)
+        rows.append([name, label, int(totals["class_examples"][i]), share, *worst])
+    return _table(rows)
+
+
+def _matrix_rows(network, matrix) -> Iterator[list]:
+    for label, row in zip(network.labels, matrix.astype(int).tolist(), strict=True):
+        yield [label, *row]
+
+
+def _table(rows) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return file.getvalue()
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _counted(batches, advance):
+    for batch in batches:
+        yield batch
+        for _ in range(int(batch["mask"].sum())):
+            advance()
+
+
+# The images to evaluate on: each function returns batches as `evaluate.totals` takes them, a name, and their number.
+
+
+def _batches(network: Predictor):
+    config = network.config
+    name, split = DATASET.value or config.dataset.name, SPLIT.value or config.dataset.eval_split
+    if DATASET.value and sources.is_folder(name):
+        return _of_folder(network, workdirs.expanded(name, "--dataset"))
+    records = network.data(DATA_DIR.value) if name == config.dataset.name else _other_records(network, name, split)
+    batches = input_pipeline.eval_batches(records, split, batch_size=network.batch_size)
+    return batches, f"{name} {split}", records.num_examples(split)
+
+
+def _other_records(network: Predictor, name: str, split: str) -> prepared.Records:
+    """The records of a TFDS set with the same classes, prepared on first use."""
+    data_dir, base = DATA_DIR.value or network.config.dataset.data_dir, split.partition("[")[0]
+    directory = prepared.directory(data_dir, sources.prepared_name(name), network.size)
+    if not directory.is_dir():
+        # Some sets for evaluation have no training split.
+        train = network.config.dataset.train_split.partition("[")[0]
+        known = sources.open_source(name, data_dir).counts
+        directory = prepared.prepare(
+            name, data_dir=data_dir, size=network.size, train_split=train if train in known else base
+        )
+    records = prepared.Records.open(directory)
+    require(records.class_names == network.records.class_names, f"{name} has other classes than {network.workdir}.")
+    return records
+
+
+def _of_folder(network: Predictor, root: pathlib.Path):
+    """The photographs of ROOT/CLASS or ROOT/SPLIT/CLASS as they are; nothing is prepared."""
+    names = network.records.class_names
+
+    def classes_in(folder):
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    try:
+        folders = classes_in(root)
+        if not set(folders) & set(names):
+            split = SPLIT.value or network.config.dataset.eval_split
+            require(split in folders, f"{root} has neither a class of {network.workdir} nor a split {shown(split)}.")
+            root, folders = root / split, classes_in(root / split)
+    except OSError as error:
+        raise UserError(f"--dataset={root} cannot be listed: {error.strerror}.") from None
+    for folder in folders:
+        require(folder in names, f"{root / folder} is no class of {network.workdir}: {nearest(folder, names)}")
+    files = shared.Photographs(network, [str(root)])
+
+    def batches():
+        waiting = []
+        for photograph in files.readable():
+            waiting.append((photograph.pixels, names.index(pathlib.Path(photograph.file).relative_to(root).parts[0])))
+            if len(waiting) == network.batch_size:
+                yield _batch(waiting, network.batch_size)
+                waiting = []
+        if waiting:
+            yield _batch(waiting, network.batch_size)
+
+    return batches(), str(root), len(files.files)
+
+
+def _batch(examples, size):
+    pixels, labels = zip(*examples, strict=True)
+    padding = size - len(examples)
+    return {
+        "image": np.stack([*pixels, *[pixels[0]] * padding]),
+        "label": np.array([*labels, *[0] * padding], np.int32),
+        "mask": np.array([1.0] * len(examples) + [0.0] * padding, np.float32),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

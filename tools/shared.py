@@ -1,0 +1,83 @@
+"""What the tools on a trained network share: the flags that choose it, and the photographs that they are given."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from absl import flags
+
+import predictor
+from common import exits, host
+from common.progress import progress
+
+# The flags below belong to the tool that calls for them, so that its --help lists them.
+flags.disclaim_key_flags()
+
+FILES = "FILE|FOLDER|- …"
+
+
+def define_network(views: bool = True) -> None:
+    """Defines the flags with which `network` chooses a trained network; `views` only if it predicts."""
+    flags.DEFINE_string("workdir", None, "Folder of a run of main.py.", required=True)
+    flags.DEFINE_string("step", "best", "The checkpoint: best, latest, or the number of its step.")
+    flags.DEFINE_integer("batch_size", 64, "Images that are computed at once.", lower_bound=1)
+    if views:
+        flags.DEFINE_enum("views", "ten", ["ten", "centre"], "The paper's ten views of each image, or the centre one.")
+
+
+def network() -> predictor.Predictor:
+    """Loads the network that the flags choose."""
+    host.keep_freed_memory()
+    views = {"views": chosen("views")} if "views" in flags.FLAGS else {}
+    return predictor.Predictor(chosen("workdir"), step=chosen("step"), batch_size=chosen("batch_size"), **views)
+
+
+def chosen(flag: str) -> str:
+    """The value of one of the flags."""
+    return flags.FLAGS[flag].value
+
+
+class Photographs:
+    """The photographs that a tool is given, read while the network computes, with their progress on stderr.
+
+    Args:
+      loaded: the network that sees them.
+      arguments: files, folders, or '-' for stdin; see `predictor.find`.
+
+    Attributes:
+      files: their names.
+      unreadable: how many have been passed over, with a sentence each on stderr.
+    """
+
+    def __init__(self, loaded: predictor.Predictor, arguments: Iterable[str]):
+        self._network, self.unreadable = loaded, 0
+        self.files = predictor.find(arguments)
+
+    def through(
+        self, function: Callable[[Iterable[Any]], Iterator[Any]], doing: str
+    ) -> Iterator[tuple[predictor.Photograph, Any]]:
+        """Yields each readable photograph with what `function`, of squares, yields for it."""
+        bar = (
+            progress(doing, len(self.files), sys.stderr)
+            if len(self.files) > 1
+            else contextlib.nullcontext(lambda: None)
+        )
+        with bar as advance:
+            ahead, behind = itertools.tee(self.readable(advance))
+            yield from zip(behind, function(photograph.pixels for photograph in ahead), strict=True)
+
+    def readable(self, advance: Callable[[], None] = lambda: None) -> Iterator[predictor.Photograph]:
+        """Yields those that can be read; calls `advance` after each file, and notes the others."""
+        for photograph in self._network.read(self.files):
+            advance()
+            if photograph.pixels is None:
+                self.unreadable += 1
+                print(f"{photograph.file}: {photograph.reason}", file=sys.stderr)
+            else:
+                yield photograph
+
+    def exit_code(self) -> int:
+        """0, or that of a mistake if photographs could not be read."""
+        return exits.MISTAKE if self.unreadable else 0
