@@ -231,14 +231,14 @@ def find(names: Iterable[str]) -> list[str | bytes]:
             found += [content] if b"\0" in content else find(line for line in os.fsdecode(content).splitlines() if line)
             continue
         path = workdirs.expanded(name, "FILE")
-        require(path.exists(), f"{shown(name)} is not there.")
+        require(path.exists(), f"{name} is not there.")
         if not path.is_dir():
             found.append(str(path))
             continue
         inside = (file for file in path.rglob("*") if file.suffix.lower() in sources.IMAGE_SUFFIXES)
         before = len(found)
         found += sorted(str(file) for file in inside if file.is_file())
-        require(len(found) > before, f"{shown(name)} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
+        require(len(found) > before, f"{name} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
     return found
 
 

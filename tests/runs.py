@@ -1,4 +1,4 @@
-"""Runs of main.py as a user starts them: their command lines, and what they leave behind."""
+"""Runs of main.py and of tools as a user starts them: their command lines, and what they leave behind."""
 
 import atexit
 import contextlib
@@ -6,6 +6,7 @@ import json
 import multiprocessing.reduction
 import os
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 
 import data
 
@@ -65,7 +67,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preload"])
 
 
-def _main(arguments, out, err, folder, variables):
+def _main(arguments, out, err, folder, variables, stdin=None):
+    if stdin:
+        os.dup2(stdin.fileno(), 0)
+        sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115 -- multiprocessing has put an empty one there
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
     os.chdir(folder)
     os.environ.clear(), os.environ.update(variables)
@@ -74,7 +79,12 @@ def _main(arguments, out, err, folder, variables):
     from common import cli
 
     try:
-        cli.run(main.main)
+        if arguments[0].endswith("main.py"):
+            cli.run(main.main)
+        else:
+            for flag in ("config", *(flag.name for flag in flags.FLAGS.flags_by_module_dict()["main"])):
+                delattr(flags.FLAGS, flag)
+            runpy.run_module(f"tools.{pathlib.Path(arguments[0]).stem}", run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # a forked process leaves it out, and several processes shut JAX down there
         sys.stdout.flush(), sys.stderr.flush()
@@ -83,9 +93,9 @@ def _main(arguments, out, err, folder, variables):
 class Forked:
     """A run of main.py in a forked process, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, arguments, out, err, env=None):
-        variables = dict(env or os.environ)
-        self._process = _context.Process(target=_main, args=(arguments, out, err, pathlib.Path.cwd(), variables))
+    def __init__(self, arguments, out, err, env=None, cwd=None, stdin=None):
+        variables, folder = dict(env or os.environ), cwd or pathlib.Path.cwd()
+        self._process = _context.Process(target=_main, args=(arguments, out, err, folder, variables, stdin))
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 
@@ -116,6 +126,18 @@ def run_main(*arguments, expect=0, prefix=(), env=None, cwd=None):
             code = subprocess.run(command, stdout=out, stderr=err, timeout=300, env=env, cwd=cwd).returncode
         else:
             code = Forked([main, *arguments], _Descriptor(out), _Descriptor(err), env).wait()
+        out.seek(0), err.seek(0)
+        done = subprocess.CompletedProcess(arguments, code, out.read(), err.read())
+    assert code == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def run_tool(name, *arguments, expect=0, stdin=b"", cwd=None):
+    """Runs `python -m tools.NAME` to its end in a forked process."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, tempfile.TemporaryFile() as given:
+        given.write(stdin), given.seek(0)
+        command = [str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+        code = Forked(command, *map(_Descriptor, (out, err)), cwd=cwd, stdin=_Descriptor(given)).wait()
         out.seek(0), err.seek(0)
         done = subprocess.CompletedProcess(arguments, code, out.read(), err.read())
     assert code == expect, done.stdout[-2000:] + done.stderr[-4000:]

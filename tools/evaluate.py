@@ -38,6 +38,12 @@ JSON = flags.DEFINE_bool("json", False, "Print the errors as one JSON object.")
 shared.define_network()
 
 SHOWN = 5  # classes and confusions
+NAMES = {
+    "loss": "loss",
+    "top1_error": "top-1 error",
+    "top5_error": "top-5 error",
+    "mean_class_accuracy": "mean class accuracy",
+}
 
 
 def main(_) -> None:
@@ -69,14 +75,10 @@ def main(_) -> None:
 
 
 def _report(network, about, errors, matrix, accuracy, out) -> str:
+    about = f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}"
     lines = [
-        f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}",
-        *(
-            f"{name.replace('_', ' '):<20} {value:.4f}"
-            if name == "loss"
-            else f"{name.replace('_', ' '):<20} {value:.2%}"
-            for name, value in errors.items()
-        ),
+        about,
+        *(f"{NAMES[name]:<20} {value:{'.4f' if name == 'loss' else '.2%'}}" for name, value in errors.items()),
     ]
     seen = np.flatnonzero(~np.isnan(accuracy))
     order = seen[np.argsort(accuracy[seen], kind="stable")]

@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 from absl import flags
 
+import views
 from common import cli
 from common.errors import UserError, require
 from drawing import canvas, plots
@@ -43,7 +44,8 @@ def main(arguments: list[str]) -> int:
     with _Archive(OUT.value, layers) if OUT.value else contextlib.nullcontext() as archive:
         for number, (photograph, values) in enumerate(rows):
             if PLOT.value and not number:
-                canvas.save(plots.layers(photograph.pixels, values, network.config.model.towers), PLOT.value)
+                seen = views.center(photograph.pixels, network.config.input.crop)
+                canvas.save(plots.layers(seen, values, network.config.model.towers), PLOT.value)
             if not archive:
                 break
             archive.add(photograph.file, values)

@@ -1,0 +1,278 @@
+"""A workdir alone predicts as NumPy does, wherever it lies, for every form in which an image comes."""
+
+import importlib.util
+import io
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import predictor
+import reference
+import runs
+from common.errors import UserError
+from datasets import prepared, wordnet
+from predictor import Predictor
+from run import workdirs
+
+SIZE, CROP = 80, 67
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.photographs(tmp_path_factory.mktemp("predictor"))
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    """A trained run, in another folder than where it was made, with its data set hidden."""
+    made = folder / "made"
+    runs.run(folder, made, "--config.num_steps=10")
+    moved = tmp_path_factory.mktemp("elsewhere") / "moved"
+    shutil.move(made, moved)
+    return moved
+
+
+@pytest.fixture(scope="module")
+def network(workdir):
+    return Predictor(workdir, batch_size=4)
+
+
+def square(path):
+    """The square of a photograph, by Pillow alone."""
+    with Image.open(path) as image:
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
+
+
+def views(network, pixels, which):
+    """The views of a square in float64, the mean subtracted."""
+    low, margin = (SIZE - CROP) // 2, SIZE - CROP
+    mean = network.records.mean_image[low : low + CROP, low : low + CROP].astype(np.float64)
+    places = [(low, low)] + [(y, x) for y in (0, margin) for x in (0, margin)] * (which == "ten")
+    found = []
+    for top, left in places:
+        view = (pixels[top : top + CROP, left : left + CROP] - mean) * network.config.input.scale
+        found += [view, view[:, ::-1]] if which == "ten" else [view]
+    return np.stack(found)
+
+
+def expected(network, pixels, which):
+    logits, _ = reference.forward(network.params, views(network, pixels, which))
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return (e / e.sum(1, keepdims=True)).mean(0)
+
+
+@pytest.mark.parametrize("which", ["ten", "centre"])
+def test_probabilities_are_those_of_numpy(workdir, folder, which):
+    network = Predictor(workdir, views=which, batch_size=4)
+    files = predictor.find([folder / "photos" / "test" / "a"])
+    found = list(network.probabilities(photograph.pixels for photograph in network.read(files)))
+    assert len(found) == len(files) == 4
+    for file, row in zip(files, found, strict=True):
+        np.testing.assert_allclose(row, expected(network, square(file), which), atol=1e-5)
+    assert np.ptp(found, axis=0).max() > 1e-3
+
+
+def test_the_three_lines_of_the_documents(network, folder):
+    file = folder / "photos" / "test" / "b" / "0001.jpg"
+    answers = network.predict(str(file))
+    exact = expected(network, square(file), "ten")
+    assert [label for label, _ in answers] == [network.records.class_names[i] for i in np.argsort(-exact)]
+    assert [p for _, p in answers] == pytest.approx(sorted(exact, reverse=True), abs=1e-5)
+    assert len(network.predict(str(file), top=2)) == 2
+
+
+def test_an_image_comes_in_four_forms(network, folder):
+    file = folder / "photos" / "test" / "b" / "0001.jpg"
+    with Image.open(file) as image:
+        forms = [str(file), file.read_bytes(), image.copy(), np.asarray(image)]
+    answers = [network.predict(form) for form in forms]
+    assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("missing.jpg", "missing.jpg: No such file"),
+        (b"no image", "not an image"),
+        (np.zeros((5, 5, 4), np.uint8), r"must be \(height, width, 3\) uint8, not \(5, 5, 4\)"),
+        (np.zeros((5, 5, 3)), "float64"),
+    ],
+)
+def test_what_is_no_image_is_a_sentence(network, image, reason):
+    with pytest.raises(UserError, match=reason):
+        network.predict(image)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_the_batch_does_not_change_the_answer(workdir, network, count):
+    images = np.random.default_rng(0).integers(0, 256, (9, SIZE, SIZE, 3)).astype(np.uint8)
+    whole = np.stack(list(network.probabilities(images)))
+    fresh = Predictor(workdir, batch_size=8)
+    np.testing.assert_allclose(np.stack(list(fresh.probabilities(images[:count]))), whole[:count], atol=1e-6)
+    assert len(whole) == 9
+    assert list(fresh.probabilities([])) == []
+
+
+def test_features_are_those_of_numpy(network):
+    images = np.random.default_rng(1).integers(0, 256, (3, SIZE, SIZE, 3)).astype(np.uint8)
+    found = list(network.features(images, ["fc7", "conv1", "fc8"]))
+    for pixels, features in zip(images, found, strict=True):
+        logits, cache = reference.forward(network.params, views(network, pixels, "centre"))
+        before = {name: np.concatenate(saved, -1)[0] for step, name, saved, _ in cache if step == "relu"}
+        for name in ("fc7", "conv1"):
+            np.testing.assert_allclose(features[name], np.maximum(before[name], 0), atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(features["fc8"], logits[0], atol=1e-4)
+        assert set(features) == {"conv1", "fc7", "fc8"}
+    with pytest.raises(UserError, match="did you mean fc7"):
+        network.features(images, ["fc77"])
+
+
+def test_every_layer_has_features(network):
+    features = next(network.features(np.zeros((1, SIZE, SIZE, 3), np.uint8), network.layers))
+    assert tuple(network.layers) == ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+    for row in network.table:
+        assert features[row.name].shape == row.output
+
+
+def test_the_checkpoint_can_be_chosen(workdir):
+    steps = runs.checkpoints(workdir)
+    assert len(steps) == 2
+    assert {Predictor(workdir, step=step).step for step in steps} == set(steps)
+    assert Predictor(workdir, step="latest").step == max(steps)
+    with pytest.raises(UserError, match=f"best, latest, .*{steps[0]}, {steps[1]}"):
+        Predictor(workdir, step=3)
+
+
+def test_an_unreadable_file_does_not_stop_the_others(network, folder, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    good = str(folder / "photos" / "test" / "a" / "0000.jpg")
+    photographs = list(network.read([good, str(tmp_path / "broken.jpg"), str(tmp_path / "absent.jpg"), good]))
+    assert [photograph.pixels is None for photograph in photographs] == [False, True, True, False]
+    assert all(photograph.reason for photograph in photographs[1:3])
+
+
+def test_files_are_found_in_folders(folder, monkeypatch):
+    names = predictor.find([folder / "photos" / "test"])
+    assert len(names) == 12 and names == sorted(names)
+    (folder / "photos" / "test" / "a" / "notes.txt").write_text("no image")
+    assert predictor.find([folder / "photos" / "test"]) == names
+    listed = io.TextIOWrapper(io.BytesIO("\n".join(names[:2]).encode() + b"\n\n"))
+    monkeypatch.setattr("sys.stdin", listed)
+    assert predictor.find(["-", names[3]]) == [*names[:2], names[3]]
+    content = (folder / "photos" / "test" / "a" / "0000.jpg").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert predictor.find(["-"]) == [content]
+    with pytest.raises(UserError, match=r"absent is not there"):
+        predictor.find([folder / "absent"])
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no image files"):
+        predictor.find([folder / "empty"])
+
+
+# What the workdir keeps of its data set.
+
+
+def test_the_workdir_keeps_what_preparation_measured(network, folder):
+    records = prepared.Records.open(next((folder / "cache" / "prepared").glob("*/1.0.0")))
+    kept = network.records
+    assert kept.class_names == records.class_names == runs.CLASSES
+    for name in ("mean_image", "principal_std", "principal_components"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(records, name))
+    assert network.data().num_examples("test") == 12
+
+
+def test_no_data_set_is_needed(workdir, network, folder, tmp_path):
+    image = np.random.default_rng(2).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+    before = network.predict(image)
+    shutil.copytree(workdir, tmp_path / "copy")
+    hidden = folder / "cache" / "hidden"
+    (folder / "cache" / "prepared").rename(hidden)
+    try:
+        alone = Predictor(tmp_path / "copy")
+        assert alone.predict(image) == before
+        with pytest.raises(UserError, match=r"are not in .*--data_dir"):
+            alone.data()
+    finally:
+        hidden.rename(folder / "cache" / "prepared")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _without_names(path):
+    with np.load(path) as stored:
+        kept = {name: stored[name] for name in stored if name != "class_names"}
+    np.savez(path, **kept)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _without_names, lambda path: path.write_bytes(b"")])
+def test_a_damaged_dataset_file_is_a_sentence_and_the_next_start_mends_it(workdir, folder, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    whole = workdirs.read_dataset(copy)
+    damage(copy / "dataset.npz")
+    with pytest.raises(UserError, match=r"dataset.npz is damaged \(.+\); start main.py"):
+        Predictor(copy)
+    workdirs.write_dataset(prepared.Records.open(whole.directory), copy)
+    np.testing.assert_array_equal(Predictor(copy).records.mean_image, whole.mean_image)
+    assert not runs.leftovers(copy)
+
+
+def test_the_file_holds_no_pickle(workdir):
+    with zipfile.ZipFile(workdir / "dataset.npz") as archive:
+        assert all(b"pickle" not in archive.read(name)[:200] for name in archive.namelist())
+    np.load(workdir / "dataset.npz", allow_pickle=False)["class_names"]
+
+
+def test_a_run_of_before_is_told_what_to_do(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "old")
+    (tmp_path / "old" / "dataset.npz").unlink()
+    with pytest.raises(UserError, match=r"has no dataset.npz, like the runs of earlier versions; start main.py"):
+        Predictor(tmp_path / "old")
+
+
+def test_other_classes_cannot_go_on(workdir, tmp_path):
+    data.make_folder(tmp_path / "photos", {"train": 30, "test": 12}, ("a", "b", "d"))
+    shutil.copytree(workdir, tmp_path / "copy")
+    config = (workdir / "config.json").read_text()
+    name = workdirs.read_config(workdir).dataset.name
+    (tmp_path / "copy" / "config.json").write_text(config.replace(name, str(tmp_path / "photos")))
+    done = runs.run(tmp_path, tmp_path / "copy", "--config.num_steps=11", expect=2)
+    assert "begun with other classes" in runs.sentence(done.stderr)
+    assert "['c']; only here: ['d']" in done.stderr
+
+
+# Words.
+
+
+def test_wordnet_ids_become_words():
+    names = data.LABELS.joinpath("labels.txt").read_text().split()
+    words = wordnet.words(names)
+    assert len(set(words)) == 1000
+    # Known places of the 1,000 classes, which everyone who trains on ImageNet has seen.
+    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 340: "zebra", 999: "toilet tissue"}
+    assert all(words[i].startswith(word) for i, word in known.items())
+    assert wordnet.words(["n02123045", "n00000000", "cat"]) == ("tabby, tabby cat", "n00000000", "cat")
+
+
+def test_without_tfds_ids_stay(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wordnet._synsets.cache_clear()
+    try:
+        assert wordnet.words(["n02123045"]) == ("n02123045",)
+    finally:
+        wordnet._synsets.cache_clear()
