@@ -9,6 +9,7 @@ from common import cli, host
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
+PROFILE = flags.DEFINE_bool("profile", False, "Also write a trace of steps 10 to 14 after the start, for XProf.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 of several, or auto (SLURM, TPU).")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part.", lower_bound=0)
@@ -32,7 +33,7 @@ def main(_) -> int | None:
     processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     import train
 
-    return train.train(CONFIG.value, WORKDIR.value)
+    return train.train(CONFIG.value, WORKDIR.value, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,10 @@ class Layout:
 
         return jax.tree.map(fetch, tree, like)
 
+    def of_network(self, tree: Tree) -> Tree:
+        """What each device of this process's first network holds of a sharded tree of scalars, as lists of floats."""
+        return jax.tree.map(lambda leaf: [float(part) for part in addressable(leaf)[: self.devices_per_network]], tree)
+
     def put(self, batch: Tree) -> Tree:
         """Sends this process's rows of a batch to its devices, the same number to each; every row crosses once."""
 

@@ -25,11 +25,11 @@ import checkpoint
 import evaluate
 import models
 import update
-import views
 from common.errors import UserError, check_name, require, shown
 from datasets import conversion, images, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable
 from run import setup, workdirs
+from views import VIEWS, center, to_input
 
 
 class Photograph(NamedTuple):
@@ -189,7 +189,7 @@ class Predictor:
         options = self.config.input
 
         def step(params, batch):
-            view = views.to_input(views.center(batch, options.crop), self.records.mean_image, options.scale)
+            view = to_input(center(batch, options.crop), self.records.mean_image, options.scale)
             _, found = models.activations(self._network, params, view)
             return {layer: found[layer] for layer in layers}
 
@@ -211,7 +211,7 @@ class Predictor:
 
 def check_views(name: str) -> None:
     """Refuses what is no name of views; raises `UserError`."""
-    check_name("views", name, views.VIEWS)
+    check_name("views", name, VIEWS)
 
 
 def find(names: Iterable[str]) -> list[str | bytes]:

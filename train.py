@@ -13,16 +13,19 @@ import numpy as np
 
 import evaluate
 import input_pipeline
+import models
 import optimizer
 import parallel
 import update
+import views
 from common import exits
 from common.errors import UserError
+from drawing import grids
 from run import metrics, processes, report, setup, workdirs
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
-    """Trains, or continues, the run of `config` in `workdir`.
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, profile: bool = False) -> int:
+    """Trains, or continues, the run of `config` in `workdir`; `profile` adds a trace, see `metrics.Trace`.
 
     Returns:
       The exit code: 0 when the run is complete, 130 or 143 when SIGINT or SIGTERM ended it with its state saved.
@@ -34,7 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     with (
         processes.company() as watch,
         setup.set_up(config, workdir) as run,
-        Trainer(run, processes.Stop(signals, watch)) as trainer,
+        Trainer(run, processes.Stop(signals, watch), profile) as trainer,
         signals,
     ):
         steps = run.durations
@@ -59,6 +62,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     return 0
 
 
+def visible(batch: dict[str, np.ndarray], mean_image: np.ndarray, scale: float) -> np.ndarray:
+    """What the network sees of a batch of `input_pipeline.train_batches`, as pixels: (N, crop, crop, 3) uint8.
+
+    Without lighting these are the pixels of the views; with it, they are its shift and gain about the mean image.
+    """
+    seen = views.to_input(batch["image"], mean_image, scale, batch["shift"], batch["gain"])
+    pixels = np.asarray(seen) / scale + views.center(mean_image, seen.shape[1])
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
 class Trainer:
     """What the loop calls, and the state that changes while it runs.
 
@@ -67,6 +80,7 @@ class Trainer:
     Args:
       run: the run, set up.
       stop: says when to stop; checked after everything that is dispatched to the devices.
+      profile: whether the first process traces a few steps.
 
     Attributes:
       state: the sharded state.
@@ -75,7 +89,7 @@ class Trainer:
       plateau: what the plateau rule knows of the validation error.
     """
 
-    def __init__(self, run: setup.Run, stop: processes.Stop):
+    def __init__(self, run: setup.Run, stop: processes.Stop, profile: bool = False):
         self.run, self.stop = run, stop
         self.step = self._saved = int(run.state.step)
         # Half a gigabyte on the host would otherwise stay for the whole run.
@@ -86,17 +100,23 @@ class Trainer:
             self.evaluated, self.plateau = run.known["evaluated"], optimizer.Plateau(**run.known["plateau"])
             self._meter.restore(run.known["meter"])
         self._train_step = update.build_step(run.config, run.layout, run.records.mean_image, run.rates)
+        self._weigh = update.build_weigh(run.layout)
+        self._schedule = optimizer.schedule(run.config, run.durations.steps_per_epoch)
         self._evaluators = {}
         self._under_way = collections.deque()
         is_first = jax.process_index() == 0
         self.recorder = metrics.Recorder(run.workdir, self.step, self.evaluated, run.durations.num_steps, is_first)
         self._fetcher = metrics.Fetcher()
+        self._trace = metrics.Trace(run.workdir, self.step, self.recorder.say) if profile and is_first else None
+        self._batch = self._measured = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._fetcher.close()
+        if self._trace:
+            self._trace.close(self.step)
         self.recorder.close()
 
     @property
@@ -123,9 +143,15 @@ class Trainer:
     def advance(self, batch: Any) -> None:
         """Dispatches one update, at most one step ahead of the devices."""
         arrived = time.perf_counter()
+        if self._trace and self._trace.due(self.step + 1):
+            self.settle()
+            self._trace.before(self.step + 1)
         self.settle(at_most=parallel.UNDER_WAY)
-        self.state, values = self._train_step(self.state, batch, np.float32(self._rate_factor()))
-        self.step += 1
+        measure = self.run.durations.due(self.run.durations.log_every, self.step + 1)
+        self.state, values, self._measured = self._train_step(
+            self.state, batch, np.float32(self._rate_factor()), np.bool_(measure)
+        )
+        self.step, self._batch = self.step + 1, batch
         self._under_way.append((self.step, arrived, self._fetcher.fetch(values)))
 
     def settle(self, at_most: int = 0) -> None:
@@ -149,9 +175,13 @@ class Trainer:
         )
 
     def log(self) -> None:
-        """Records the training metrics since the last time."""
+        """Records the training metrics since the last time, and what was measured of the last step alone."""
         self.settle()
-        self.recorder.write(self.step, self.epoch, self._meter.read())
+        # A scheduled rate is a function of the number of updates before the step.
+        rate = np.float32(self._schedule(self.step - 1)) * np.float32(self._rate_factor())
+        measured = self.run.layout.of_network(self._measured | self._weigh(self.state))
+        details = {f"train/{name}": value for name, value in update.measurements(measured).items()}
+        self.recorder.write(self.step, self.epoch, self._meter.read() | {"train/learning_rate": float(rate)}, details)
 
     def errors(self, params: Any, which: str) -> dict[str, float]:
         """Errors of sharded parameters on the evaluation split; `which` views: 'centre' or 'ten'."""
@@ -169,6 +199,21 @@ class Trainer:
         )
         return evaluate.run(self._evaluators[which], params, batches, run.layout, after_batch=self.stop.check)
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The kernels of the first layer, and some inputs of the last training batch as the network saw them.
+
+        Returns:
+          {name: (N, H, W, 3) uint8}; without inputs before the first step of this process.
+        """
+        config, layout = self.run.config, self.run.layout
+        first = models.layer_table(config.model, config.input.crop)[0].name
+        kernel = layout.merge(self.state.params[first]["kernel"], self.run.shapes.params[first]["kernel"])
+        found = {f"kernels/{first}": grids.stack(grids.kernels(kernel, config.model.towers))[None]}
+        if self._batch:
+            rows = {name: np.concatenate(parallel.addressable(leaf))[:8] for name, leaf in self._batch.items()}
+            found["inputs"] = visible(rows, self.run.records.mean_image, config.input.scale)
+        return found
+
     def evaluate_and_save(self) -> None:
         """Evaluates the centre view, tells the plateau rule, and saves if that is due or the error is a new best."""
         self.settle()
@@ -176,6 +221,7 @@ class Trainer:
         if not math.isfinite(values["loss"]):
             raise self._diverged(f"The evaluation loss of step {self.step} is {values['loss']}")
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
+        self.recorder.show(self.step, self.pictures())
         error, durations = values["top1_error"], self.run.durations
         best = error < self.plateau.best
         if durations.eval_every and self.step % durations.eval_every == 0:
@@ -234,4 +280,5 @@ class Trainer:
             values = {f"test/{name}": value for name, value in self.errors(params, "ten").items()}
             values["test/step"] = best
             self.recorder.write(self.step, self.epoch, values)
+            self.recorder.hparams(run.config.to_dict())
         self.recorder.say(report.farewell(run, self.step, values))

@@ -1,5 +1,6 @@
 """One update: the state that it changes, its first value, and the function that computes it on all devices."""
 
+import math
 from typing import Any
 
 import flax
@@ -49,32 +50,44 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
       rates: the learning rate of every parameter at every step.
 
     Returns:
-      A function of (sharded state, sharded batch, rate factor) that gives (the next state, values). The batch is one of
-      `input_pipeline.train_batches`; all rates are multiplied by the rate factor, a float32 scalar; the values are
-      'loss' and 'top1_error', means over the global batch. The function consumes the state.
+      A function of (sharded state, sharded batch, rate factor, measure) that gives (the next state, values, measured).
+      The batch is one of `input_pipeline.train_batches`; all rates are multiplied by the rate factor, a float32 scalar.
+      The values are 'loss' and 'top1_error', means over the global batch. If `measure`, a bool, is true, `measurements`
+      can read what was measured on each device: 'gradients', {layer: sum of squares of its part of the gradient of
+      kernel and bias}, and 'dead_units', {layer: share of activations that are 0}. The function consumes the state.
     """
     network, rule = build_network(config, layout), optimizer.build(config)
 
-    def step(state, batch, rate_factor):
+    def step(state, batch, rate_factor, measure):
         batch = layout.gather_rows(batch)
         images = views.to_input(batch["image"], mean_image, config.input.scale, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_of(params):
-            logits = network.apply(
-                {"params": params},
+            logits, activations = models.activations(
+                network,
+                params,
                 images,
                 train=True,
                 rows=layout.row_numbers(len(images)),
                 rngs={"dropout": key},
             )
+            activations.popitem()  # the logits
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
             top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
             # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
-            return loss / layout.devices_per_network, {"loss": loss, "top1_error": top1_error}
+            return loss / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
 
-        gradients, values = jax.grad(loss_of, has_aux=True)(state.params)
+        gradients, (values, activations) = jax.grad(loss_of, has_aux=True)(state.params)
         gradients, values = layout.mean((gradients, values))
+        measured = {
+            # Not under a condition: that would copy the gradients, while a sum reads them in passing.
+            "gradients": {layer: sum(map(_square, leaves.values())) for layer, leaves in gradients.items()},
+            "dead_units": {
+                layer: jax.lax.cond(measure, lambda x: jnp.mean(x == 0), lambda x: jnp.float32(0), maps)
+                for layer, maps in activations.items()
+            },
+        }
 
         def update(gradients, opt_state, params):
             updates, opt_state = rule.update(
@@ -83,6 +96,48 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = layout.in_place(update)(gradients, state.opt_state, state.params)
-        return State(step=state.step + 1, params=params, opt_state=opt_state), values
+        return State(step=state.step + 1, params=params, opt_state=opt_state), values, measured
 
-    return layout.map(step, donate=(0,), broadcast=(2,))
+    return layout.map(step, donate=(0,), broadcast=(2, 3))
+
+
+def build_weigh(layout: parallel.Layout):
+    """Builds the function of a sharded state that gives what `measurements` reads of it, for each device.
+
+    With the paper's rule the velocity is the last update. So the function gives 'updates' and 'kernels', {layer: sum of
+    squares of its part of the kernel's}; with another rule, nothing.
+    """
+
+    def weigh(state):
+        velocity = optax.tree_utils.tree_get(state.opt_state, "trace")
+        if velocity is None:
+            return {}
+        return {
+            "updates": {layer: _square(leaves["kernel"]) for layer, leaves in velocity.items()},
+            "kernels": {layer: _square(leaves["kernel"]) for layer, leaves in state.params.items()},
+        }
+
+    return layout.map(weigh)
+
+
+def measurements(measured: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Metrics of the last step, of what `build_step` and `build_weigh` measured.
+
+    Args:
+      measured: {kind: {layer: the value of each device of one network}}.
+
+    Returns:
+      'gradient_norm', the L2 norm of all gradients; 'update_to_weight/LAYER', the L2 norm of the update of a kernel by
+      that of the kernel after it; 'dead_units/LAYER', the share of activations that are 0.
+    """
+    total = {kind: {layer: math.fsum(parts) for layer, parts in of.items()} for kind, of in measured.items()}
+    values = {"gradient_norm": math.sqrt(math.fsum(total["gradients"].values()))}
+    for layer, kernel in total.get("kernels", {}).items():
+        values[f"update_to_weight/{layer}"] = math.sqrt(total["updates"][layer] / kernel) if kernel else math.nan
+    for layer, shares in measured["dead_units"].items():
+        values[f"dead_units/{layer}"] = math.fsum(shares) / len(shares)
+    return values
+
+
+def _square(array: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(array))

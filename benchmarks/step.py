@@ -46,7 +46,7 @@ class Step:
         self._state, self._batch = layout.shard(merged), layout.put(self.host_batch)
         begun = time.perf_counter()
         step = update.build_step(config, layout, self.mean, measure.rates(config))
-        self._step = step.lower(self._state, self._batch, np.float32(1)).compile()
+        self._step = step.lower(self._state, self._batch, np.float32(1), np.bool_(False)).compile()
         self.compile_seconds = time.perf_counter() - begun
         self._memory = self._step.memory_analysis()
         self._scale = config.input.scale
@@ -60,7 +60,7 @@ class Step:
 
     def train(self) -> None:
         """One update."""
-        self._state, values = self._step(self._state, self._batch, np.float32(1))
+        self._state, values, _ = self._step(self._state, self._batch, np.float32(1), np.bool_(False))
         jax.block_until_ready(values)
 
     def forward(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The same network and training step in PyTorch, as fast as PyTorch makes them, for `benchmarks.step` and `benchmarks.predict`."""
+"""The same network, its training step and its predictions in PyTorch, as fast as PyTorch makes them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run measures and records: the meter, metrics.jsonl, TensorBoard, and a progress line."""
+"""What a run measures and records: the meter, metrics.jsonl, TensorBoard, a progress line, and a trace."""
 
 import concurrent.futures
 import contextlib
@@ -7,14 +7,20 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
+import numpy as np
 import rich.console
 import rich.progress
 
 import parallel
 from common.errors import UserError
+
+# First and last step of a trace, counted from the start: after compilation, and few because a trace is large.
+PROFILED = (10, 14)
 
 
 class Fetcher:
@@ -130,18 +136,36 @@ class Recorder:
             self._bar.start()
         self._num_steps = num_steps
 
-    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Records values at a step: a line of metrics.jsonl, TensorBoard scalars, and a line for the reader."""
+    def write(self, step: int, epoch: float, values: dict[str, float], details: dict[str, float] | None = None) -> None:
+        """Records values at a step: a line of metrics.jsonl, TensorBoard scalars, and a line for the reader.
+
+        `details` are further values, which the line for the reader leaves out.
+        """
         if not self._active:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        recorded = values | (details or {})
+        finite = {name: value if math.isfinite(value) else None for name, value in recorded.items()}
         with self._explained():
             self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | finite) + "\n")
             self._file.flush()
-            self._tensorboard.write_scalars(step, values)
+            self._tensorboard.write_scalars(step, recorded)
         if "train/images_per_second" in values:
             self._rate = f"{values['train/images_per_second']:,.0f} images/s"
         self.say(f"step {step:>6}  epoch {epoch:6.2f}  {describe(values)}{self._left(step)}")
+
+    def show(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Puts images, (N, H, W, 3) uint8 by name, into TensorBoard."""
+        if self._active:
+            with self._explained():
+                self._tensorboard.write_images(step, images)
+
+    def hparams(self, config: dict[str, Any]) -> None:
+        """Puts a nested config into TensorBoard's HPARAMS tab, each field by its path; what it cannot take is text."""
+        if self._active:
+            flat = flax.traverse_util.flatten_dict(config, sep=".")
+            fields = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat.items()}
+            with self._explained():
+                self._tensorboard.write_hparams(fields)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""
@@ -186,6 +210,48 @@ class Recorder:
 
     def __exit__(self, *_):
         self.close()
+
+
+class Trace:
+    """A trace of the steps PROFILED of this process, counted from its first, for XProf.
+
+    Args:
+      workdir: where it goes, into plugins/profile.
+      step: the step from which the run goes on.
+      say: prints a line.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, say: Callable[[str], None]):
+        self._workdir, self._say = workdir, say
+        self._first, self._last = (step + number for number in PROFILED)
+        self._under_way, self._done = False, False
+
+    def due(self, step: int) -> bool:
+        """Whether it begins or ends before this step: a moment at which no other step should be under way."""
+        return step in (self._first, self._last + 1)
+
+    def before(self, step: int) -> None:
+        """Begins or ends the trace if that is due before this step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._workdir))
+            self._under_way = True
+        elif self._under_way and step > self._last:
+            self._end(self._last)
+
+    def close(self, step: int) -> None:
+        """Ends a trace under way; `step` is the last of this process."""
+        if self._under_way:
+            self._end(step)
+        elif not self._done:
+            self._say(f"No trace: --profile begins with step {self._first}, and this ended after step {step}.")
+
+    def _end(self, last: int) -> None:
+        jax.profiler.stop_trace()
+        self._under_way, self._done = False, True
+        self._say(
+            f"Trace of steps {self._first} to {last}: {self._workdir / 'plugins/profile'}; to look at it, "
+            f"`pip install xprof` and `xprof --logdir={self._workdir}`."
+        )
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import IO, Any
 import ml_collections
 import numpy as np
 
-from common.errors import UserError, shortened, shown
+from common.errors import UserError, require, shortened, shown
 from datasets import prepared, statistics
 from run import schema
 
@@ -39,6 +39,7 @@ def to_json(config) -> dict[str, Any]:
 
 def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
     """The path of a workdir, with ~ as the user's home; raises `UserError`, which names `field`, if it is no path."""
+    require(str(workdir), f"{field}= is empty; it names a folder.")
     try:
         path = pathlib.Path(workdir).expanduser()
         str(path).encode()  # TensorBoard's files have names in UTF-8

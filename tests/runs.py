@@ -70,7 +70,7 @@ _context.set_forkserver_preload(["preload"])
 def _main(arguments, out, err, folder, variables, stdin=None):
     if stdin:
         os.dup2(stdin.fileno(), 0)
-        sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115 -- multiprocessing has put an empty one there
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- multiprocessing has put an empty one there
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
     os.chdir(folder)
     os.environ.clear(), os.environ.update(variables)

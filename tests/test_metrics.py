@@ -45,8 +45,40 @@ def test_what_is_no_line_is_left_out_and_the_rest_stays(tmp_path):
     assert metrics.read_lines(tmp_path / "none") == []
 
 
+def test_details_are_recorded_but_not_said(tmp_path, capsys):
+    with metrics.Recorder(tmp_path, step=0, evaluated=0, num_steps=8) as recorder:
+        recorder.write(1, 0.1, {"train/loss": 1.0}, {"train/gradient_norm": 2.0})
+    assert metrics.read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "epoch": 0.1, "train/loss": 1.0, "train/gradient_norm": 2.0}
+    ]
+    said = capsys.readouterr().out
+    assert "loss 1" in said and "norm" not in said
+
+
+@pytest.mark.parametrize(("steps", "says"), [(16, "Trace of steps 10 to 14"), (12, "Trace of steps 10 to 12")])
+def test_trace(tmp_path, steps, says):
+    said = []
+    trace = metrics.Trace(tmp_path, 0, said.append)
+    for step in range(1, steps + 1):
+        trace.before(step)
+    trace.close(steps)
+    assert len(said) == 1 and said[0].startswith(says) and f"xprof --logdir={tmp_path}" in said[0]
+    assert list((tmp_path / "plugins/profile").rglob("*.xplane.pb"))
+
+
+def test_run_that_ends_before_its_trace_says_so(tmp_path):
+    said = []
+    trace = metrics.Trace(tmp_path, 20, said.append)
+    trace.before(21)
+    trace.close(21)
+    assert said == ["No trace: --profile begins with step 30, and this ended after step 21."]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_processes_write_nothing(tmp_path):
     with metrics.Recorder(tmp_path, step=0, evaluated=0, num_steps=8, active=False) as recorder:
         recorder.write(1, 0.1, {"train/loss": 1.0})
+        recorder.show(1, {"inputs": None})
+        recorder.hparams({"seed": 0})
         recorder.say("nothing")
     assert list(tmp_path.iterdir()) == []

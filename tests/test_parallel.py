@@ -46,7 +46,7 @@ def run(config, layout, step, steps, merged=None):
     state = layout.shard(merged or jax.device_get(update.init_state(config)))
     losses = []
     for i in range(int(merged.step) if merged else 0, steps):
-        state, values = step(state, layout.put(recipes.batch(config, i)), np.float32(1))
+        state, values, _ = step(state, layout.put(recipes.batch(config, i)), np.float32(1), np.bool_(i % 2))
         losses.append(float(parallel.first(values)["loss"]))
     return losses, layout.merge(state, setup.state_shapes(config)), state
 

@@ -282,7 +282,7 @@ def test_unknown_devices_are_refused(checkout):
     ],
 )
 def test_ci_fails_when_the_demo_misses_its_bound(tmp_path, lines, passes, message):
-    """`.ci/run` as it is, with a `make` that only writes what a demo would."""
+    """`.ci/run` as it is, with a `make` that only writes what a demo would, and no need of a browser."""
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     (tmp_path / "bin").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -290,6 +290,7 @@ def test_ci_fails_when_the_demo_misses_its_bound(tmp_path, lines, passes, messag
     fake = tmp_path / "bin/make"
     fake.write_text('#!/bin/sh\necho "make $1" >> made.txt\n')
     fake.chmod(0o755)
+    (tmp_path / "bin/chromium").symlink_to("/bin/true")
     if lines is not None:
         metrics = tmp_path / "runs/demo/metrics.jsonl"
         metrics.parent.mkdir(parents=True)

@@ -53,6 +53,70 @@ def test_a_run_leaves_what_it_promises(whole):
         assert what in said
 
 
+def events(workdir):
+    """What TensorBoard sees of a run."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    return event_accumulator.EventAccumulator(str(workdir), size_guidance={"images": 0, "tensors": 0}).Reload()
+
+
+def test_every_log_step_says_what_was_measured(folder):
+    """The rate falls to a tenth after 5 updates: an epoch has 30 images in batches of 8, 1.34 epochs are 5 steps."""
+    workdir = folder / "drop"
+    drop = ["--config.schedule.name=steps", "--config.schedule.factors=((1.34, 0.1),)", "--config.log_every.steps=2"]
+    said = runs.run(folder, workdir, "--config.num_steps=7", "--config.optimizer.learning_rate=0.02", *drop).stdout
+    lines = {line["step"]: line for line in runs.metrics(workdir) if "train/loss" in line}
+    assert {step: pytest.approx(line["train/learning_rate"]) for step, line in lines.items()} == {
+        2: 0.02, 4: 0.02, 6: 0.002, 7: 0.002
+    }  # fmt: skip
+    for line in lines.values():
+        assert line["train/gradient_norm"] > 0
+        for layer in ("conv1", "fc7", "fc8"):
+            assert 0 < line[f"train/update_to_weight/{layer}"] < 1
+        assert 0 <= line["train/dead_units/fc7"] <= 1 and "train/dead_units/fc8" not in line
+    assert "learning rate 0.002" in said and "gradient norm" not in said and "dead" not in said
+
+
+def test_tensorboard_has_kernels_inputs_and_hparams(folder, whole):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    seen = events(whole[0])
+    tags = seen.Tags()["tensors"]
+    assert {"train/gradient_norm", "train/dead_units/conv1", "kernels/conv1", "inputs"} <= set(tags)
+    for tag, shape in (("kernels/conv1", None), ("inputs", (67, 67))):
+        found = seen.Tensors(tag)
+        assert [event.step for event in found] == [5, 10]
+        width, height, *pictures = found[-1].tensor_proto.string_val
+        assert len(pictures) == (8 if tag == "inputs" else 1) and pictures[0].startswith(b"\x89PNG")
+        assert shape in (None, (int(height), int(width)))
+    data = plugin_data_pb2.HParamsPluginData.FromString(
+        seen.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    )
+    fields = data.session_start_info.hparams
+    assert fields["batch_size"].number_value == 8 and fields["model.name"].string_value == "alexnet"
+    assert fields["model.exchange"].string_value == '["conv3", "fc6", "fc7"]'
+    assert fields["model.lrn"].bool_value is True
+
+
+def test_visible_pixels_are_those_of_the_view_without_lighting():
+    config = recipes.narrow()
+    batch = recipes.batch(config, 0) | {"shift": np.zeros((20, 3), np.float32), "gain": np.ones(20, np.float32)}
+    for scale in (1.0, 0.0156):
+        np.testing.assert_array_equal(train.visible(batch, recipes.mean_image(), scale), batch["image"])
+    brighter = batch | {"shift": np.full((20, 3), 7, np.float32)}
+    expected = np.minimum(batch["image"] + 7.0, 255)
+    np.testing.assert_array_equal(train.visible(brighter, recipes.mean_image(), 0.0156), expected)
+
+
+def test_profile_of_a_short_run(folder):
+    workdir = folder / "profiled"
+    said = runs.run(folder, workdir, "--config.num_steps=2", "--profile").stdout
+    assert "No trace: --profile begins with step 10, and this ended after step 2." in said
+    said = runs.run(folder, workdir, "--config.num_steps=15", "--profile").stdout
+    assert "Trace of steps 12 to 15" in said
+    assert len(list(workdir.glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
 def test_resumed_run_is_bit_identical(folder, whole):
     """5 + 5 steps in two processes give the parameters and the losses of 10 in one."""
     workdir = folder / "halves"
@@ -70,9 +134,11 @@ def test_resumed_run_is_bit_identical(folder, whole):
 
 
 def test_finished_run_says_so_and_stays_as_it_is(folder, whole):
-    before = (whole[0] / "metrics.jsonl").read_text()
+    before, seen = (whole[0] / "metrics.jsonl").read_text(), set(whole[0].glob("events*"))
     assert "Done: 10 steps" in runs.run(folder, whole[0], "--config.num_steps=10").stdout
     assert (whole[0] / "metrics.jsonl").read_text() == before
+    (new,) = set(whole[0].glob("events*")) - seen
+    assert new.stat().st_size < 100, "figures a second time"
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(folder, whole):

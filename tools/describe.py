@@ -6,24 +6,14 @@ All figures are read off the network itself, as JAX traces it for one image; not
 import models
 from common import cli
 from common.errors import UserError
+from drawing import page
 
-HEADER = ("layer", "output", "kernel", "parameters", "multiply-adds", "maps by tower", "exchange")
 ALIGN = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.rjust)
 
 
 def render(rows: list[models.Row], towers: int) -> str:
     """The table as text, with totals."""
-    lines = [HEADER]
-    for row in rows:
-        maps = row.output[-1]
-        # A number of classes that does not divide gives the first tower one more.
-        by_tower = " | ".join(str((maps + towers - 1 - tower) // towers) for tower in range(towers))
-        output, kernel = ("×".join(map(str, shape)) for shape in (row.output, row.kernel))
-        exchange = f"{row.exchange:,}" if row.exchange else ""
-        lines.append((row.name, output, kernel, f"{row.parameters:,}", f"{row.multiply_adds:,}", by_tower, exchange))
-    totals = (f"{sum(getattr(row, name) for row in rows):,}" for name in ("parameters", "multiply_adds", "exchange"))
-    parameters, multiply_adds, exchange = totals
-    lines.append(("total", "", "", parameters, multiply_adds, "", exchange))
+    lines = [page.LAYERS, *page.layers(rows, towers)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(align(cell, width) for align, cell, width in zip(ALIGN, line, widths, strict=True)).rstrip()

@@ -1,0 +1,74 @@
+"""What is measured of a step, against the float64 network of `reference`, on one device and on several."""
+
+import jax
+import numpy as np
+import pytest
+
+import optimizer
+import parallel
+import recipes
+import reference
+import update
+
+STEPS, RATE_FACTOR = 2, 0.5
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+def measured(config, devices, per_network):
+    """The metrics of the last of STEPS, and the merged state before it."""
+    layout = parallel.Layout(per_network, devices=jax.devices()[:devices])
+    step = update.build_step(config, layout, recipes.mean_image(), optimizer.Rates(config, 5.0))
+    merged = jax.device_get(update.init_state(config))
+    state = layout.shard(merged)
+    for number in range(STEPS):
+        before = layout.merge(state, merged)
+        batch, measure = layout.put(recipes.batch(config, number)), number == STEPS - 1
+        state, _, found = step(state, batch, np.float32(RATE_FACTOR), np.bool_(measure))
+        if not measure:
+            assert not any(map(any, layout.of_network(found)["dead_units"].values()))
+    return update.measurements(layout.of_network(found | update.build_weigh(layout)(state))), before
+
+
+def norm(*arrays):
+    return np.sqrt(sum(np.sum(np.float64(array) ** 2) for array in arrays))
+
+
+@pytest.mark.parametrize(("devices", "per_network"), [(1, 1), (2, 2), (4, 2)])
+def test_what_is_measured_is_what_the_step_does(devices, per_network):
+    config = recipes.narrow(dropout_rate=0.0, init="he")
+    config.input.scale = 0.0156
+    config.optimizer.bias_rate = 2.0
+    metrics, before = measured(config, devices, per_network)
+    params, batch = before.params, recipes.batch(config, STEPS - 1)
+    mean = recipes.mean_image()[6:73, 6:73]
+    images = (batch["image"] - np.float64(mean) + batch["shift"][:, None, None]) * batch["gain"][:, None, None, None]
+    masks = {name: np.ones((len(images), params[name]["bias"].size)) for name in ("fc6", "fc7")}
+    options = {"masks": masks, "rate": 0.0}
+    _, gradients = reference.loss_and_gradients(params, images * 0.0156, batch["label"], **options)
+    assert metrics.pop("gradient_norm") == pytest.approx(
+        norm(*(leaf for layer in gradients.values() for leaf in layer.values())), rel=1e-4
+    )
+
+    rates = {name: {"kernel": 0.02 * RATE_FACTOR, "bias": 0.04 * RATE_FACTOR} for name in LAYERS}
+    after, velocity = reference.update(params, before.opt_state[-1].trace, gradients, rates)
+    for name in LAYERS:
+        expected = norm(velocity[name]["kernel"]) / norm(after[name]["kernel"])
+        assert metrics.pop(f"update_to_weight/{name}") == pytest.approx(expected, rel=1e-4), name
+
+    rows = len(images) * per_network // devices  # those of the first network
+    _, steps = reference.forward(params, images[:rows] * 0.0156, rate=0.0)
+    for _, name, towers, _ in (step for step in steps if step[0] == "relu"):
+        dead = np.mean(np.concatenate(towers, -1) <= 0)
+        assert 0 < dead < 1
+        assert metrics.pop(f"dead_units/{name}") == pytest.approx(dead, abs=1e-3), name
+    assert not metrics
+
+
+def test_a_kernel_of_zeros_has_no_ratio():
+    sums = {"gradients": {"a": [9.0, 16.0]}, "updates": {"a": [4.0, 0.0]}, "kernels": {"a": [0.0, 0.0]}}
+    found = update.measurements(sums | {"dead_units": {"b": [0.25, 0.75]}})
+    assert found == {
+        "gradient_norm": 5.0,
+        "update_to_weight/a": pytest.approx(np.nan, nan_ok=True),
+        "dead_units/b": 0.5,
+    }
