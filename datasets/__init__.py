@@ -6,6 +6,7 @@ TensorFlow and TFDS take seconds to import. They are imported here, in the funct
 import functools
 import importlib
 import os
+import sys
 
 BUILDERS = ("shapes",)  # the modules of this folder that define a TFDS builder
 
@@ -16,7 +17,14 @@ def tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # gains nothing here, and prints a notice
     os.environ.setdefault("KERAS_HOME", os.devnull)  # TensorFlow imports Keras, which would write ~/.keras/keras.json
-    import tensorflow as tf
+    # Keras would import pyplot as well, which takes a second and writes a cache to the home folder.
+    hidden = () if "matplotlib" in sys.modules else ("matplotlib",)
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        import tensorflow as tf
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
     tf.config.set_visible_devices([], "GPU")
     return tf

@@ -233,7 +233,9 @@ class Trace:
     def before(self, step: int) -> None:
         """Begins or ends the trace if that is due before this step."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._workdir))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of Python would hide the steps, and take a minute to write
+            jax.profiler.start_trace(str(self._workdir), profiler_options=options)
             self._under_way = True
         elif self._under_way and step > self._last:
             self._end(self._last)

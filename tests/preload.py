@@ -1,12 +1,10 @@
 """What a forked run of `main.py` finds imported; see `runs`."""
 
-import os
+import datasets
 
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "KERAS_HOME": os.devnull}
+datasets.tensorflow_datasets()  # before clu, which would import TensorFlow without its settings
 
-import clu.metric_writers  # noqa: F401
-import tensorflow  # noqa: F401
-import tensorflow_datasets  # noqa: F401
+import clu.metric_writers  # noqa: E402, F401
 
-import main  # noqa: F401
-import train  # noqa: F401
+import main  # noqa: E402, F401
+import train  # noqa: E402, F401
