@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import secrets
 import warnings
 from collections.abc import Callable
 
@@ -11,7 +10,8 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.errors import UserError, require, shown
+from common import files
+from common.errors import require, shown
 
 SUFFIXES = (".png", ".svg", ".pdf")
 FONT = "DejaVu Sans"  # comes with Matplotlib
@@ -95,17 +95,10 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
       UserError: another suffix, or a folder that cannot be written.
     """
     path = check(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     date = {} if path.suffix == ".png" else {"CreationDate" if path.suffix == ".pdf" else "Date": None}
-    try:
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
-            figure.savefig(partial, format=path.suffix[1:], metadata=date)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as partial, matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
+        figure.savefig(partial, format=path.suffix[1:], metadata=date)
 
 
 def check(path: str | pathlib.Path) -> pathlib.Path:

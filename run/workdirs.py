@@ -5,12 +5,12 @@ import fcntl
 import json
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import IO, Any
 
 import ml_collections
 import numpy as np
 
+from common import files
 from common.errors import UserError, require, shortened, shown
 from datasets import prepared, statistics
 from run import schema
@@ -146,7 +146,7 @@ def lock(workdir: pathlib.Path) -> IO:
 
 def write_config(config, workdir: pathlib.Path) -> None:
     """Writes config.json, whole or not at all."""
-    with _replacing(workdir / "config.json") as partial:
+    with files.replacing(workdir / "config.json") as partial:
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 
@@ -165,7 +165,7 @@ def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
             f"{workdir} was begun with other classes than {records.directory} has; take a new --workdir. "
             f"Only there: {shown(only_there)}; only here: {shown(only_here)}."
         )
-    with _replacing(workdir / "dataset.npz") as partial, partial.open("wb") as file:
+    with files.replacing(workdir / "dataset.npz") as partial, partial.open("wb") as file:
         arrays = {name: getattr(records, name) for name in statistics.SHAPES}
         directory = np.array(str(records.directory.resolve()))
         np.savez(file, **arrays, class_names=np.array(records.class_names), directory=directory)
@@ -191,20 +191,3 @@ def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:
     except Exception as error:  # NumPy and zipfile raise anything on damaged files
         reason = getattr(error, "strerror", None) or shortened(" ".join(str(error).split())) or type(error).__name__
         raise UserError(f"{path} is damaged ({reason}); {cure}.") from None
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path to write to; what is written there takes the place of `path` in one step.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"--workdir={path.parent} cannot be written: {error.strerror}.") from None

@@ -21,7 +21,7 @@ from absl import flags
 
 import evaluate
 import input_pipeline
-from common import cli
+from common import cli, files
 from common.errors import UserError, nearest, require, shown
 from common.progress import progress
 from datasets import prepared, sources
@@ -49,7 +49,7 @@ NAMES = {
 def main(_) -> None:
     """Evaluates, prints and writes."""
     network = shared.network()
-    out = workdirs.expanded(OUT.value or network.workdir / "evaluation", "--out")
+    out = files.folder(workdirs.expanded(OUT.value or network.workdir / "evaluation", "--out"))
     batches, name, count = _batches(network)
     with progress("evaluate", count, sys.stderr) as advance:
         totals = network.totals(_counted(batches, advance))
@@ -63,21 +63,22 @@ def main(_) -> None:
         "examples": int(totals["examples"]),
     }
     accuracy = _accuracy(totals)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / "metrics.json", json.dumps(about | errors, indent=2) + "\n")
-        _write(out / "classes.csv", _classes_csv(network, matrix, totals, accuracy))
-        _write(out / "confusion.csv", _table([["", *network.labels], *_matrix_rows(network, matrix)]))
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}.") from None
+    texts = {
+        "metrics.json": json.dumps(about | errors, indent=2) + "\n",
+        "classes.csv": _classes_csv(network, matrix, totals, accuracy),
+        "confusion.csv": _table([["", *network.labels], *_matrix_rows(network, matrix)]),
+    }
+    for name, text in texts.items():
+        with files.replacing(out / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     canvas.save(plots.confusion(matrix, network.labels), out / "confusion.png")
     print(json.dumps(about | errors) if JSON.value else _report(network, about, errors, matrix, accuracy, out))
 
 
 def _report(network, about, errors, matrix, accuracy, out) -> str:
-    about = f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}"
+    head = f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}"
     lines = [
-        about,
+        head,
         *(f"{NAMES[name]:<20} {value:{'.4f' if name == 'loss' else '.2%'}}" for name, value in errors.items()),
     ]
     seen = np.flatnonzero(~np.isnan(accuracy))
@@ -123,12 +124,6 @@ def _table(rows) -> str:
     file = io.StringIO()
     csv.writer(file).writerows(rows)
     return file.getvalue()
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _counted(batches, advance):
@@ -184,11 +179,11 @@ def _of_folder(network: Predictor, root: pathlib.Path):
         raise UserError(f"--dataset={root} cannot be listed: {error.strerror}.") from None
     for folder in folders:
         require(folder in names, f"{root / folder} is no class of {network.workdir}: {nearest(folder, names)}")
-    files = shared.Photographs(network, [str(root)])
+    photographs = shared.Photographs(network, [str(root)])
 
     def batches():
         waiting = []
-        for photograph in files.readable():
+        for photograph in photographs.readable():
             waiting.append((photograph.pixels, names.index(pathlib.Path(photograph.file).relative_to(root).parts[0])))
             if len(waiting) == network.batch_size:
                 yield _batch(waiting, network.batch_size)
@@ -196,7 +191,7 @@ def _of_folder(network: Predictor, root: pathlib.Path):
         if waiting:
             yield _batch(waiting, network.batch_size)
 
-    return batches(), str(root), len(files.files)
+    return batches(), str(root), len(photographs.files)
 
 
 def _batch(examples, size):

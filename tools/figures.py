@@ -7,7 +7,6 @@ figures with photographs are left out.
 
 import dataclasses
 import pathlib
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 
 import input_pipeline
 import views
-from common import cli
+from common import cli, files
 from common.errors import UserError
 from common.progress import progress
 from datasets import prepared, tfrecords
@@ -51,12 +50,8 @@ class Drawing:
 def main(_) -> None:
     """Draws and writes."""
     network = shared.network()
-    out = workdirs.expanded(OUT.value or network.workdir / "figures", "--out")
+    out = files.folder(workdirs.expanded(OUT.value or network.workdir / "figures", "--out"))
     lines = metrics.read_lines(network.workdir / "metrics.jsonl")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}.") from None
     written, sections = [], [("Results", _results(lines))]
     for name, drawing in _drawings(network, lines):
         for suffix in ("png", "svg"):
@@ -64,19 +59,9 @@ def main(_) -> None:
             written.append(out / f"{name}.{suffix}")
         sections.append((drawing.title, page.picture(name, drawing.caption, out)))
     sections += [("Layers", _layers(network)), ("Config", _config(network.config))]
-    _write(out / "report.html", page.page(*_head(network), sections))
+    with files.replacing(out / "report.html") as partial:
+        partial.write_text(page.page(*_head(network), sections), encoding="utf-8")
     print(*written, out / "report.html", sep="\n")
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # The figures.
