@@ -69,9 +69,12 @@ class Checkpoints:
             ),
         )
         self._errors = {}  # validation errors by step, of the checkpoints that have one
+        self._damaged = {}  # why the record of a step, and so its error, cannot be read
         for step in self.steps():
-            with contextlib.suppress(_Damaged):
+            try:
                 self._errors[step] = self._record(step)["error"]
+            except _Damaged as error:
+                self._damaged[step] = error
 
     def save(self, step: int, state: Any, meta: dict[str, Any], error: float | None = None) -> None:
         """Begins to save, and returns once the arrays are copied.
@@ -193,14 +196,15 @@ class Checkpoints:
             raise _Damaged("its arrays are not those that were saved")
         return state, record["meta"]
 
-    def restore_best(self, like: Any) -> tuple[int, Any] | None:
-        """Reads (step, merged state) of the readable checkpoint with the lowest validation error, or gives None.
+    def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Reads (step, merged state, meta) of the readable checkpoint with the lowest validation error, or gives None.
 
-        Warns of better ones that cannot be read and sets them aside, as `restore_latest` does.
+        Warns of those that cannot be read and may be better, and sets them aside, as `restore_latest` does.
         """
         while (step := self.best_step()) is not None:
+            self._set_damaged_aside()
             try:
-                return step, self._restore(step, like)[0]
+                return step, *self._restore(step, like)
             except _Damaged as error:
                 self._set_aside(step, error)
         return None
@@ -222,15 +226,22 @@ class Checkpoints:
                 continue
             for newer, error in damaged.items():
                 self._set_aside(newer, error)
+            self._set_damaged_aside()  # the removal of surplus checkpoints would take them
             if not self._read_only:
                 self._remove_surplus()
             return restored
         if damaged:
+            cure = (
+                "restore it from a copy" if self._read_only else "delete it to start afresh, or restore it from a copy"
+            )
             raise UserError(
-                f"No checkpoint in {self.directory} can be read (step {max(damaged)}: {damaged[max(damaged)]}); "
-                f"delete the folder to start afresh, or restore it from a copy."
+                f"No checkpoint in {self.directory} can be read (step {max(damaged)}: {damaged[max(damaged)]}); {cure}."
             )
         return None
+
+    def _set_damaged_aside(self) -> None:
+        for step, error in list(self._damaged.items()):
+            self._set_aside(step, error)
 
     def _set_aside(self, step: int, error: Exception) -> None:
         warning = f"warning: the checkpoint of step {step} cannot be read, another is taken: {error}"
@@ -239,7 +250,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             self._path(step).rename(aside)
             self._manager.reload()
-        self._errors.pop(step, None)
+        self._errors.pop(step, None), self._damaged.pop(step, None)
         print(warning, file=sys.stderr)
 
     def _remove_surplus(self) -> None:

@@ -94,7 +94,7 @@ def run(
 def totals(
     step, params: Any, batches: Iterable[Any], layout: Layout, after_batch: Callable[[], None] = lambda: None
 ) -> dict[str, np.ndarray]:
-    """The sums over all batches, in float64.
+    """The sums over all batches, in float64; {} if there is none.
 
     Args:
       step: what `build` returned.

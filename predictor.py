@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -76,8 +77,11 @@ class Predictor:
         require(fits, f"{self.workdir}: dataset.npz is of another run than config.json.")
         self.labels = wordnet.words(self.records.class_names)
         self.size, self._views = resize, views
-        state = _restore(self.workdir, shapes, step)
+        state, meta = _restore(self.workdir, shapes, step)
+        workdirs.check_checkpoint(meta, self.config, self.records, self.workdir)
         self.params, self.step = state.params, int(state.step)
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.params))
+        require(finite, f"The parameters of step {self.step} in {self.workdir} are not finite numbers.")
         self._layout = Layout(1, towers=self.config.model.towers)
         self.batch_size = -(-batch_size // self._layout.size) * self._layout.size
         self._network = update.build_network(self.config, self._layout)
@@ -98,8 +102,7 @@ class Predictor:
 
     def top(self, probabilities: np.ndarray, top: int = 5) -> list[tuple[str, float]]:
         """The `top` most probable labels of a row of probabilities, the most probable first."""
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        return [(self.labels[label], float(probabilities[label])) for label in order]
+        return [(self.labels[label], float(probabilities[label])) for label in ranked(probabilities, top)]
 
     def load(self, image: Any) -> np.ndarray:
         """The central square of an image, (S, S, 3) uint8, as preparation makes it; for the argument see `predict`.
@@ -153,21 +156,25 @@ class Predictor:
         return evaluate.totals(step, self._sharded, batches, self._layout)
 
     def data(self, data_dir: str = "") -> prepared.Records:
-        """Opens the prepared set of the run: in `data_dir`, in the config's, or in its folder when the run last began.
+        """Opens the prepared set of the run: in `data_dir`; or else where the run last found it, or in the config's.
 
         Raises:
-          UserError: it is in none of them, it is damaged, or it has other classes.
+          UserError: it is not there, it is damaged, or it is another set.
         """
         dataset = self.config.dataset
         name = sources.prepared_name(dataset.name)
-        places = [data_dir] if data_dir else [dataset.data_dir]
-        found = [prepared.directory(workdirs.expanded(place, "data_dir"), name, self.size) for place in places]
-        found += [] if data_dir else [self.records.directory]
+        place = workdirs.expanded(data_dir or dataset.data_dir, "data_dir")
+        found = [prepared.directory(place, name, self.size)]
+        found = found if data_dir else [self.records.directory, *found]
         for directory in found:
             if directory.is_dir():
                 records = prepared.Records.open(directory)
+                # A set that is prepared again, with another Pillow perhaps, differs in a fraction of a level.
                 same = records.class_names == self.records.class_names
-                require(same, f"{directory} has other classes than {self.workdir}.")
+                same = same and np.abs(records.mean_image - self.records.mean_image).max() < 1
+                require(
+                    same, f"{directory} is another data set than that of {self.workdir}: name the right --data_dir."
+                )
                 return records
         raise UserError(
             f"The records of {dataset.name}, on which {self.workdir} was trained, are not in "
@@ -209,6 +216,12 @@ class Predictor:
             yield from _rows(count, result)
 
 
+def ranked(probabilities: np.ndarray, top: int) -> list[int]:
+    """The `top` most probable classes of a row of probabilities, the most probable first."""
+    require(top >= 1, f"top={top} must be at least 1.")
+    return np.argsort(-probabilities, kind="stable")[:top].tolist()
+
+
 def check_views(name: str) -> None:
     """Refuses what is no name of views; raises `UserError`."""
     check_name("views", name, VIEWS)
@@ -217,7 +230,8 @@ def check_views(name: str) -> None:
 def find(names: Iterable[str]) -> list[str | bytes]:
     """The images that are meant by names: files as they are, and in folders all with an image's suffix, sorted.
 
-    '-' is stdin: one image, given as its content in bytes, or the names of files and folders, one a line.
+    '-' is stdin: one image, given as its content in bytes, or the names of files and folders, one a line or with zero
+    bytes between them.
 
     Raises:
       UserError: something is not there, or there is no image.
@@ -225,21 +239,30 @@ def find(names: Iterable[str]) -> list[str | bytes]:
     found = []
     for name in names:
         if name == "-":
-            content = sys.stdin.buffer.read()
+            content = sys.stdin.buffer.read() if sys.stdin else b""
             require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
-            # Every image has zero bytes in its header, and no file's name has one.
-            found += [content] if b"\0" in content else find(line for line in os.fsdecode(content).splitlines() if line)
+            found += (
+                [content] if images.is_image(content) else find(filter(None, re.split("[\0\n]", os.fsdecode(content))))
+            )
             continue
-        path = workdirs.expanded(name, "FILE")
+        path = pathlib.Path(name).expanduser()
         require(path.exists(), f"{name} is not there.")
-        if not path.is_dir():
-            found.append(str(path))
-            continue
-        inside = (file for file in path.rglob("*") if file.suffix.lower() in sources.IMAGE_SUFFIXES)
-        before = len(found)
-        found += sorted(str(file) for file in inside if file.is_file())
-        require(len(found) > before, f"{name} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
+        inside = _inside(path) if path.is_dir() else [str(path)]
+        require(inside, f"{name} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
+        found += inside
     return found
+
+
+def _inside(folder: pathlib.Path) -> list[str]:
+    """The files with an image's suffix in a folder and those below it, links followed."""
+    found, seen = [], set()
+    for where, below, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above
+            below.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(where, name) for name in names if name.lower().endswith(sources.IMAGE_SUFFIXES)]  # noqa: PTH118 -- a Path takes ten times as long
+    return sorted(found)
 
 
 def _square(image: Any, size: int, max_pixels: int) -> np.ndarray:
@@ -258,20 +281,25 @@ def _square(image: Any, size: int, max_pixels: int) -> np.ndarray:
     return np.asarray(images.to_square(image, size, max_pixels)[0])
 
 
-def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> update.State:
-    """The merged state of a checkpoint; for `step` see `Predictor`."""
+def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> tuple[update.State, dict[str, Any]]:
+    """The merged state of a checkpoint, and its meta; for `step` see `Predictor`."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what a reader without devices leaves out
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        require(checkpoints.steps(), f"{workdir} has no checkpoint yet.")
-        if step == "best" and (best := checkpoints.restore_best(shapes)):
-            return best[1]
-        if step in ("best", "latest"):
-            return checkpoints.restore_latest(shapes)[0]
-        known = checkpoints.steps()
-        number = int(step) if str(step).isdecimal() else None
-        at_hand = ", ".join(map(str, known))
-        require(number in known, f"step={shown(step)}: it is best, latest, or a step that has a checkpoint: {at_hand}.")
-        return checkpoints.restore(number, shapes)[0]
+    try:
+        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+            known = checkpoints.steps()
+            require(known, f"{workdir} has no checkpoint yet.")
+            if step == "best" and (best := checkpoints.restore_best(shapes)):
+                return best[1:]
+            if step in ("best", "latest"):
+                return checkpoints.restore_latest(shapes)
+            number = int(step) if str(step).isdecimal() else None
+            at_hand = ", ".join(map(str, known))
+            sentence = f"step={shown(step)}: it is best, latest, or a step that has a checkpoint: {at_hand}."
+            require(number in known, sentence)
+            return checkpoints.restore(number, shapes)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _padded(count: int, devices: int) -> int:

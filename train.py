@@ -221,7 +221,8 @@ class Trainer:
         if not math.isfinite(values["loss"]):
             raise self._diverged(f"The evaluation loss of step {self.step} is {values['loss']}")
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
-        self.recorder.show(self.step, self.pictures())
+        if self.recorder.active:
+            self.recorder.show(self.step, self.pictures())
         error, durations = values["top1_error"], self.run.durations
         best = error < self.plateau.best
         if durations.eval_every and self.step % durations.eval_every == 0:
@@ -246,7 +247,8 @@ class Trainer:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
                 raise self._diverged(f"Parameters are not finite after step {self.step}")
             known = {"plateau": self.plateau._asdict(), "evaluated": self.evaluated, "meter": self._meter.state()}
-            run.checkpoints.save(self.step, state, {"config": workdirs.to_json(run.config)} | known, error)
+            about = {"config": workdirs.to_json(run.config), "classes": workdirs.classes_checksum(run.records)}
+            run.checkpoints.save(self.step, state, about | known, error)
         self._saved = self.step
         self._meter.pause()
 
@@ -271,7 +273,7 @@ class Trainer:
                 if line["step"] == self.step and "test/top1_error" in line:
                     tested = {name: value for name, value in line.items() if name.startswith("test/")}
             if not tested and run.checkpoints.best_step() not in (None, self.step):
-                best, state = run.checkpoints.restore_best(run.shapes) or (self.step, None)
+                best, state, _ = run.checkpoints.restore_best(run.shapes) or (self.step, None, None)
         values, best = json.loads(processes.gather_text(json.dumps((tested, best)))[0])
         if not values:
             params = self.state.params

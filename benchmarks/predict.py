@@ -41,7 +41,7 @@ def untrained(config, workdir: pathlib.Path) -> pathlib.Path:
     workdirs.write_config(config, workdir)
     workdirs.write_dataset(records, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(0, jax.device_get(update.init_state(config)), {}, 1.0)
+        checkpoints.save(0, jax.device_get(update.init_state(config)), {"config": workdirs.to_json(config)}, 1.0)
     return workdir
 
 

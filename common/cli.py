@@ -45,12 +45,17 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
         if not DEBUG.value:  # notices of libraries, and tracebacks of their threads, do not help a user
             logging.set_verbosity(logging.FATAL)
             sys.unraisablehook = _without_tensorstore
+        for stream in (sys.stdout, sys.stderr):
+            if stream:  # None if it was closed
+                stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
             if len(argv) > 1 and not takes:
                 raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
             return main(argv)
         except UserError as error:
             _fail(str(error))
+        except BrokenPipeError:
+            exits.leave(exits.NO_READER)
         except KeyboardInterrupt:
             exits.leave(exits.SIGNALS[signal.SIGINT])
         except Exception as error:
@@ -77,7 +82,7 @@ def _help(main: Callable, takes: str) -> str:
     found = [*modules.get(main.__module__, ()), *modules.get(sys.argv[0], ()), *modules.get(__name__, ())]
     rows = [(takes, "")] if takes else []
     for flag in sorted(found, key=lambda flag: (flag.name == "debug", flag.name != "config")):
-        default = "" if flag.default in (None, "", False, 0, -1) else f" [{flag.default}]"
+        default = "" if flag.default in (None, "", False, 0, -1) else f" [{flag.default_unparsed}]"
         rows.append((f"--{flag.name}{'' if flag.boolean else '=…'}", f"{flag.help}{default}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]

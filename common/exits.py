@@ -4,6 +4,7 @@
     1      a defect of this code, with a traceback
     2      a mistake of the user's, in one sentence
     130    SIGINT (Ctrl-C)
+    141    the reader of a tool's output has gone, such as `head`
     143    SIGTERM
 
 Once training has begun, a run saves its state before it ends with 130 or 143, but for a second Ctrl-C.
@@ -16,7 +17,7 @@ import sys
 import threading
 from typing import NoReturn
 
-DEFECT, MISTAKE = 1, 2
+DEFECT, MISTAKE, NO_READER = 1, 2, 141
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

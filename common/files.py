@@ -25,6 +25,15 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
+def check(path: pathlib.Path) -> pathlib.Path:
+    """The path, if a file could be written there; raises `UserError` before work is done for nothing."""
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}.")
+    return path
+
+
 def folder(path: pathlib.Path) -> pathlib.Path:
     """Makes a folder if it is not there; raises `UserError` if that cannot be done."""
     try:

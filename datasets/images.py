@@ -58,6 +58,15 @@ class Budget:
                 self._changed.notify_all()
 
 
+def is_image(data: bytes) -> bool:
+    """Whether the content of a file begins as an image does; nothing is decoded."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS):
+            return True
+    except Exception:  # Pillow raises anything on what is no image
+        return False
+
+
 def square_of(image: Image.Image, size: int) -> Image.Image:
     """Makes a size×size RGB image of any Pillow image (paper, section 2).
 

@@ -102,7 +102,7 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
 
 
 def check(path: str | pathlib.Path) -> pathlib.Path:
-    """The path, if `save` knows the format of its suffix; else raises `UserError`."""
+    """The path, if `save` knows the format of its suffix and could write there; else raises `UserError`."""
     path = pathlib.Path(path).expanduser()
     require(path.suffix in SUFFIXES, f"{shown(str(path))} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
-    return path
+    return files.check(path)

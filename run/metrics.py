@@ -104,7 +104,7 @@ class Recorder:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, evaluated: int, num_steps: int, active: bool = True):
-        self._active = active
+        self.active = active
         if not active:
             return
         from clu import metric_writers  # imports TensorFlow
@@ -141,7 +141,7 @@ class Recorder:
 
         `details` are further values, which the line for the reader leaves out.
         """
-        if not self._active:
+        if not self.active:
             return
         recorded = values | (details or {})
         finite = {name: value if math.isfinite(value) else None for name, value in recorded.items()}
@@ -155,13 +155,13 @@ class Recorder:
 
     def show(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Puts images, (N, H, W, 3) uint8 by name, into TensorBoard."""
-        if self._active:
+        if self.active:
             with self._explained():
                 self._tensorboard.write_images(step, images)
 
     def hparams(self, config: dict[str, Any]) -> None:
         """Puts a nested config into TensorBoard's HPARAMS tab, each field by its path; what it cannot take is text."""
-        if self._active:
+        if self.active:
             flat = flax.traverse_util.flatten_dict(config, sep=".")
             fields = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat.items()}
             with self._explained():
@@ -169,12 +169,12 @@ class Recorder:
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""
-        if self._active and self._bar:
+        if self.active and self._bar:
             self._bar.update(self._task, completed=step, description=self._rate)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if self._active:
+        if self.active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
@@ -187,7 +187,7 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
-        if not self._active:
+        if not self.active:
             return
         if self._bar:
             self._bar.stop()
@@ -257,15 +257,27 @@ class Trace:
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl. Skips malformed lines; a missing file gives []."""
+    """The lines of a metrics.jsonl, {name: number or None}. Skips malformed lines; a missing file gives []."""
     path = pathlib.Path(path)
     objects = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             values = json.loads(line)
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
+            if _is_line(values):
                 objects.append(values)
     return objects
+
+
+def _is_line(values: Any) -> bool:
+    def is_number(value):
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    return (
+        isinstance(values, dict)
+        and isinstance(values.get("step"), int)
+        and is_number(values.get("epoch"))
+        and all(value is None or is_number(value) for value in values.values())
+    )
 
 
 def describe(values: dict[str, float]) -> str:

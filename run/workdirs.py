@@ -5,6 +5,7 @@ import fcntl
 import json
 import pathlib
 import time
+import zlib
 from typing import IO, Any
 
 import ml_collections
@@ -171,6 +172,25 @@ def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
         np.savez(file, **arrays, class_names=np.array(records.class_names), directory=directory)
 
 
+def classes_checksum(records: prepared.Records) -> int:
+    """What ties the checkpoints of a run to its dataset.npz: a CRC-32 of the class names, in order."""
+    return zlib.crc32(json.dumps(records.class_names).encode())
+
+
+def check_checkpoint(meta: dict[str, Any], config, records: prepared.Records, workdir: pathlib.Path) -> None:
+    """Refuses a workdir whose config.json or dataset.npz is not that of its checkpoint; raises `UserError`.
+
+    Args:
+      meta: of the checkpoint. Those of earlier versions know nothing of the classes.
+      config, records: what the two files hold.
+    """
+    stored, ours = schema.completed(meta["config"]), to_json(config)
+    if differ := differences(ours, stored, CONTINUABLE, ("in config.json", "in the checkpoint")):
+        raise UserError(f"The config.json of {workdir} is not that of its checkpoints. Different: {differ}.")
+    same = meta.get("classes", classes_checksum(records)) == classes_checksum(records)
+    require(same, f"The dataset.npz of {workdir} has other classes than its checkpoints.")
+
+
 def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:
     """Reads dataset.npz: records without splits, with the folder where they were when the run last began.
 
@@ -183,8 +203,9 @@ def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             size, names = stored["mean_image"].shape[0], stored["class_names"]
             directory = pathlib.Path(str(stored["directory"]))
-        if names.ndim != 1 or names.dtype.kind != "U":
-            raise ValueError("class_names is no list of names")
+            kinds = names.dtype.kind + stored["directory"].dtype.kind
+        if names.ndim != 1 or kinds != "UU":
+            raise ValueError("class_names or directory is no text")
         return prepared.Records(directory, tuple(map(str, names)), **statistics.load(path, size))
     except FileNotFoundError:
         raise UserError(f"{workdir} has no dataset.npz, like the runs of earlier versions; {cure}.") from None

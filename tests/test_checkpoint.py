@@ -110,7 +110,7 @@ def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
             truncate(file)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         assert checkpoints.best_step() == 2
-        step, restored = checkpoints.restore_best(state(0))
+        step, restored, _ = checkpoints.restore_best(state(0))
         assert (step, checkpoints.best_step()) == (3, 3)
         jax.tree.map(np.testing.assert_array_equal, restored, state(3))
     assert "step 2 cannot be read" in capsys.readouterr().err
@@ -150,11 +150,24 @@ def test_where_none_can_be_read_all_stay_as_they_are(saved, tmp_path):
         if file.is_file():
             truncate(file)
     before = sorted((workdir / "checkpoints").rglob("*"))
-    with pytest.raises(
-        UserError, match=r"No checkpoint in .* can be read \(step 2: .*delete the folder to start afresh"
-    ):
+    with pytest.raises(UserError, match=r"No checkpoint in .* can be read \(step 2: .*delete it to start afresh"):
         latest(workdir)
     assert sorted((workdir / "checkpoints").rglob("*")) == before
+
+
+def test_a_best_checkpoint_whose_record_is_damaged_is_set_aside_and_not_removed(tmp_path, capsys):
+    save(tmp_path, 20, 100, 120, errors=[0.2, 0.5, 0.4])
+    file = tmp_path / "checkpoints" / "20" / "record" / "metadata"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert_is(checkpoints.restore_latest(state(0)), 120)
+        checkpoints.save(140, state(140), {"note": "of 140"}, 0.45)
+        checkpoints.wait()
+        assert checkpoints.steps() == [120, 140] and checkpoints.best_step() == 120
+    assert "the checkpoint of step 20 cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "20.damaged").is_dir()
 
 
 def test_the_latest_two_and_the_best_stay(tmp_path):

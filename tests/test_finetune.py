@@ -117,7 +117,7 @@ def test_a_workdir_may_have_a_colon_or_begin_at_home(tmp_path, monkeypatch):
     workdirs.write_config(torchvision.get_config(), tmp_path / "12:30")
     for source in (tmp_path / "12:30", "~/12:30"):
         config = recipe(source)
-        assert config.model.name == "torchvision" and config.init_from == str(source)
+        assert config.model.name == "torchvision" and config.init_from == str(tmp_path / "12:30")
 
 
 @pytest.mark.parametrize(

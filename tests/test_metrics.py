@@ -40,8 +40,12 @@ def test_recorder_goes_on_where_the_checkpoint_is(tmp_path):
 
 def test_what_is_no_line_is_left_out_and_the_rest_stays(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\xff\xfe\n5\n{}\n{"step": "x"}\n{"step": 2, "epo\n{"step": 3}\n')
-    assert metrics.read_lines(path) == [{"step": 1}, {"step": 3}]
+    whole = [{"step": 1, "epoch": 0.5}, {"step": 3, "epoch": 2, "train/loss": None}]
+    damaged = ["5", "{}", '{"step": "x"}', '{"step": 2, "epo', '{"step": 2}', '{"step": 2, "epoch": 1, "a": "b"}']
+    damaged += ['{"step": 2, "epoch": 1e400}', '{"step": 2, "epoch": 1, "eval/loss": 1e400}']
+    lines = [json.dumps(whole[0]), *damaged, json.dumps(whole[1])]
+    path.write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode())
+    assert metrics.read_lines(path) == whole
     assert metrics.read_lines(tmp_path / "none") == []
 
 

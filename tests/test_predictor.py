@@ -1,5 +1,6 @@
 """A workdir alone predicts as NumPy does, wherever it lies, for every form in which an image comes."""
 
+import dataclasses
 import importlib.util
 import io
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import checkpoint
 import data
 import predictor
 import reference
@@ -16,7 +18,7 @@ import runs
 from common.errors import UserError
 from datasets import prepared, wordnet
 from predictor import Predictor
-from run import workdirs
+from run import setup, workdirs
 
 SIZE, CROP = 80, 67
 
@@ -254,6 +256,59 @@ def test_other_classes_cannot_go_on(workdir, tmp_path):
     done = runs.run(tmp_path, tmp_path / "copy", "--config.num_steps=11", expect=2)
     assert "begun with other classes" in runs.sentence(done.stderr)
     assert "['c']; only here: ['d']" in done.stderr
+
+
+# What an attack found: files of a workdir that do not belong together.
+
+
+def test_a_damaged_best_checkpoint_is_not_replaced_in_silence(workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "copy")
+    best = Predictor(workdir).step
+    _flip(tmp_path / "copy" / "checkpoints" / str(best) / "record" / "metadata")
+    other = Predictor(tmp_path / "copy")
+    assert other.step != best
+    assert f"warning: the checkpoint of step {best} cannot be read, another is taken" in capsys.readouterr().err
+    assert (tmp_path / "copy" / "checkpoints" / str(best)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model.lrn_alpha", 1e-3), ("model.dropout_rate", 0.0), ("input.scale", 1.0)]
+)
+def test_a_config_that_is_not_the_checkpoints_is_refused(workdir, tmp_path, field, value):
+    shutil.copytree(workdir, tmp_path / "copy")
+    config = workdirs.read_config(workdir)
+    section, name = field.split(".")
+    config[section][name] = value
+    workdirs.write_config(config, tmp_path / "copy")
+    with pytest.raises(UserError, match=f"config.json of .* is not that of its checkpoints. Different: {field}"):
+        Predictor(tmp_path / "copy")
+
+
+def test_classes_that_are_not_the_checkpoints_are_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    records = workdirs.read_dataset(workdir)
+    (tmp_path / "copy" / "dataset.npz").unlink()
+    workdirs.write_dataset(dataclasses.replace(records, class_names=records.class_names[::-1]), tmp_path / "copy")
+    with pytest.raises(UserError, match="has other classes than its checkpoints"):
+        Predictor(tmp_path / "copy")
+
+
+def test_weights_that_are_not_numbers_are_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    shapes = setup.state_shapes(workdirs.read_config(workdir))
+    with checkpoint.Checkpoints(tmp_path / "copy") as checkpoints:
+        state, meta = checkpoints.restore_latest(shapes)
+        state.params["fc8"]["bias"][0] = np.nan
+        checkpoints.save(99, state, meta)
+    with pytest.raises(UserError, match=r"The parameters of step 10 in .* are not finite"):
+        Predictor(tmp_path / "copy", step="latest")
+
+
+def test_another_data_set_of_the_same_name_is_refused(workdir, folder, network, tmp_path):
+    data.make_folder(tmp_path / "photos", {"train": 12, "test": 6}, ("c", "b", "a"), size=(90, 85))
+    prepared.prepare(str(tmp_path / "photos"), data_dir=str(tmp_path), size=SIZE)
+    with pytest.raises(UserError, match="is another data set than that of"):
+        network.data(str(tmp_path))
 
 
 # Words.

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,7 +49,7 @@ def test_evaluate_finds_what_training_found(workdir, tmp_path, views, group):
     )
     found = json.loads(done.stdout)
     assert found.pop("examples") == 12 and found.pop("views") == views and found.pop("step") == step
-    found.pop("dataset")
+    assert found.pop("unreadable") == 0 and found.pop("dataset").endswith("photos test")
     expected.pop("top5_error")  # of three classes
     assert found == pytest.approx(expected, abs=1e-6)
     assert json.loads((out / "metrics.json").read_text())["loss"] == found["loss"]
@@ -221,3 +224,64 @@ def test_help_is_short_and_has_an_example(name):
     for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source):
         assert f"--{flag}" in done.stdout
     assert ("--workdir" in done.stdout) == ("shared.define_network" in source)
+
+
+# What an attack found.
+
+
+def test_a_folder_to_evaluate_may_hold_links_strays_and_broken_files(workdir, folder, tmp_path):
+    test, root = folder / "photos" / "test", tmp_path / "some"
+    shutil.copytree(test / "b", root / "b")
+    (root / "a").symlink_to(test / "a")
+    shutil.copy(test / "a" / "0000.jpg", root / "stray.jpg")
+    (root / ".hidden").mkdir()
+    shutil.copy(test / "a" / "0000.jpg", root / ".hidden")
+    (root / "b" / "broken.jpg").write_text("no image")
+    out = tmp_path / "out"
+    arguments = [f"--workdir={workdir}", f"--dataset={root}", f"--out={out}", "--json"]
+    found = json.loads(runs.run_tool("evaluate", *arguments, expect=2).stdout)
+    assert (found["examples"], found["unreadable"]) == (8, 1)
+    assert matrix(out).sum(1).tolist() == [4, 4, 0]
+    done = runs.run_tool("evaluate", *arguments, "--split=test", expect=2)
+    assert "holds the class a itself" in runs.sentence(done.stderr)
+    for file in (root / "b").iterdir():
+        file.write_text("no image")
+    (root / "a").unlink()
+    done = runs.run_tool("evaluate", *arguments, expect=2)
+    assert "can be read" in runs.sentence(done.stderr)
+
+
+def test_a_reader_that_goes_away_ends_a_tool_in_silence(workdir, folder):
+    command = [sys.executable, "-m", "tools.predict", f"--workdir={workdir}", str(folder / "photos")]
+    for flags in ([], ["--json"]):
+        with subprocess.Popen(
+            [*command, *flags], cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as tool:
+            tool.stdout.close()
+            assert tool.stderr.read() == ""
+            assert tool.wait(60) == 141
+
+
+def test_names_that_are_no_text_are_printed_with_escapes(workdir, folder, tmp_path):
+    photo = folder / "photos" / "test" / "a" / "0000.jpg"
+    shutil.copy(photo, os.fsencode(tmp_path) + b"/\xff\x1b.jpg")
+    done = runs.run_tool("predict", f"--workdir={workdir}", tmp_path)
+    assert done.stdout.startswith(f"{tmp_path}/\\udcff\\x1b.jpg\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--layer=conv1,", "--out=x.npz"], "layer='' is not known"),
+        (["--layer=conv1,conv1", "--out=x.npz"], "must name different layers"),
+        (["--layer=all,fc7", "--out=x.npz"], "layer='all' is not known"),
+        (["--out=folder.npz"], "folder.npz cannot be written: it is a folder"),
+        (["--plot=no/x.png"], "there is no folder no"),
+    ],
+)
+def test_features_refuses_before_it_works(workdir, folder, tmp_path, flags, sentence):
+    (tmp_path / "folder.npz").mkdir()
+    photo = folder / "photos" / "test" / "a" / "0000.jpg"
+    done = runs.run_tool("features", f"--workdir={workdir}", *flags, photo, expect=2, cwd=tmp_path)
+    assert sentence in runs.sentence(done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.npz"]

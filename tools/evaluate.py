@@ -6,11 +6,13 @@
     python -m tools.evaluate --workdir=runs/alexnet --dataset=imagenet_v2   a TFDS name
 
 Prints the errors, the classes that are best and worst, and the most frequent confusions. The folder --out gets
-metrics.json, classes.csv, confusion.csv and confusion.png; a row of the matrix is a true class.
+metrics.json, classes.csv, confusion.csv and confusion.png; a row of the matrix is a true class. Exit code 2 if an image
+of a folder cannot be read.
 """
 
 import csv
 import io
+import itertools
 import json
 import pathlib
 import sys
@@ -21,7 +23,8 @@ from absl import flags
 
 import evaluate
 import input_pipeline
-from common import cli, files
+import predictor
+from common import cli, exits, files
 from common.errors import UserError, nearest, require, shown
 from common.progress import progress
 from datasets import prepared, sources
@@ -46,13 +49,15 @@ NAMES = {
 }
 
 
-def main(_) -> None:
+def main(_) -> int:
     """Evaluates, prints and writes."""
     network = shared.network()
     out = files.folder(workdirs.expanded(OUT.value or network.workdir / "evaluation", "--out"))
-    batches, name, count = _batches(network)
-    with progress("evaluate", count, sys.stderr) as advance:
+    batches, name, images = _batches(network)
+    with progress("evaluate", len(images), sys.stderr) as advance:
         totals = network.totals(_counted(batches, advance))
+    require(totals, f"No image of {name} can be read.")
+    unreadable = len(images) - int(totals["examples"])
     errors, matrix = evaluate.errors(totals), totals["confusion"]
     if network.config.model.num_classes <= 5:
         del errors["top5_error"]  # it is 0
@@ -61,18 +66,20 @@ def main(_) -> None:
         "views": shared.chosen("views"),
         "dataset": name,
         "examples": int(totals["examples"]),
+        "unreadable": unreadable,
     }
     accuracy = _accuracy(totals)
+    canvas.save(plots.confusion(matrix, network.labels), out / "confusion.png")
     texts = {
-        "metrics.json": json.dumps(about | errors, indent=2) + "\n",
         "classes.csv": _classes_csv(network, matrix, totals, accuracy),
         "confusion.csv": _table([["", *network.labels], *_matrix_rows(network, matrix)]),
+        "metrics.json": json.dumps(about | errors, indent=2) + "\n",  # last, so that it tells a whole evaluation
     }
-    for name, text in texts.items():
-        with files.replacing(out / name) as partial:
+    for file, text in texts.items():
+        with files.replacing(out / file) as partial:
             partial.write_text(text, encoding="utf-8")
-    canvas.save(plots.confusion(matrix, network.labels), out / "confusion.png")
     print(json.dumps(about | errors) if JSON.value else _report(network, about, errors, matrix, accuracy, out))
+    return exits.MISTAKE if unreadable else 0
 
 
 def _report(network, about, errors, matrix, accuracy, out) -> str:
@@ -83,9 +90,9 @@ def _report(network, about, errors, matrix, accuracy, out) -> str:
     ]
     seen = np.flatnonzero(~np.isnan(accuracy))
     order = seen[np.argsort(accuracy[seen], kind="stable")]
-    half = min(SHOWN, max(1, len(order) // 2))
+    half = min(SHOWN, len(order) // 2)
     for title, labels in (("best classes", order[::-1][:half]), ("worst classes", order[:half])):
-        lines += ["", title, *(f"  {accuracy[i]:7.1%}  {network.labels[i]}" for i in labels)]
+        lines += ["", title, *(f"  {accuracy[i]:7.1%}  {network.labels[i]}" for i in labels)] if half else []
     wrong = matrix - np.diag(np.diag(matrix))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN]
     found = [(wrong.flat[i], *np.unravel_index(i, wrong.shape)) for i in pairs if wrong.flat[i] > 0]
@@ -133,7 +140,7 @@ def _counted(batches, advance):
             advance()
 
 
-# The images to evaluate on: each function returns batches as `evaluate.totals` takes them, a name, and their number.
+# The images to evaluate on: each function returns batches as `evaluate.totals` takes them, a name, and the list of all.
 
 
 def _batches(network: Predictor):
@@ -143,19 +150,19 @@ def _batches(network: Predictor):
         return _of_folder(network, workdirs.expanded(name, "--dataset"))
     records = network.data(DATA_DIR.value) if name == config.dataset.name else _other_records(network, name, split)
     batches = input_pipeline.eval_batches(records, split, batch_size=network.batch_size)
-    return batches, f"{name} {split}", records.num_examples(split)
+    return batches, f"{name} {split}", records.numbers(split)
 
 
 def _other_records(network: Predictor, name: str, split: str) -> prepared.Records:
     """The records of a TFDS set with the same classes, prepared on first use."""
-    data_dir, base = DATA_DIR.value or network.config.dataset.data_dir, split.partition("[")[0]
+    data_dir = str(workdirs.expanded(DATA_DIR.value or network.config.dataset.data_dir, "--data_dir"))
     directory = prepared.directory(data_dir, sources.prepared_name(name), network.size)
     if not directory.is_dir():
         # Some sets for evaluation have no training split.
         train = network.config.dataset.train_split.partition("[")[0]
         known = sources.open_source(name, data_dir).counts
         directory = prepared.prepare(
-            name, data_dir=data_dir, size=network.size, train_split=train if train in known else base
+            name, data_dir=data_dir, size=network.size, train_split=train if train in known else split.partition("[")[0]
         )
     records = prepared.Records.open(directory)
     require(records.class_names == network.records.class_names, f"{name} has other classes than {network.workdir}.")
@@ -171,7 +178,9 @@ def _of_folder(network: Predictor, root: pathlib.Path):
 
     try:
         folders = classes_in(root)
-        if not set(folders) & set(names):
+        if flat := set(folders) & set(names):
+            require(not SPLIT.value, f"--split={SPLIT.value}, but {root} holds the class {min(flat)} itself.")
+        else:
             split = SPLIT.value or network.config.dataset.eval_split
             require(split in folders, f"{root} has neither a class of {network.workdir} nor a split {shown(split)}.")
             root, folders = root / split, classes_in(root / split)
@@ -179,19 +188,15 @@ def _of_folder(network: Predictor, root: pathlib.Path):
         raise UserError(f"--dataset={root} cannot be listed: {error.strerror}.") from None
     for folder in folders:
         require(folder in names, f"{root / folder} is no class of {network.workdir}: {nearest(folder, names)}")
-    photographs = shared.Photographs(network, [str(root)])
+    label_of = {file: names.index(folder) for folder in folders for file in predictor.find([root / folder])}
+    photographs = shared.Photographs(network, label_of)
 
     def batches():
-        waiting = []
-        for photograph in photographs.readable():
-            waiting.append((photograph.pixels, names.index(pathlib.Path(photograph.file).relative_to(root).parts[0])))
-            if len(waiting) == network.batch_size:
-                yield _batch(waiting, network.batch_size)
-                waiting = []
-        if waiting:
-            yield _batch(waiting, network.batch_size)
+        examples = ((photograph.pixels, label_of[photograph.file]) for photograph in photographs.readable())
+        while batch := list(itertools.islice(examples, network.batch_size)):
+            yield _batch(batch, network.batch_size)
 
-    return batches(), str(root), len(photographs.files)
+    return batches(), str(root), photographs.files
 
 
 def _batch(examples, size):

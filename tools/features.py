@@ -12,15 +12,14 @@ Exit code 2 if a file cannot be read.
 import contextlib
 import pathlib
 import shutil
-import tempfile
 import zipfile
 
 import numpy as np
 from absl import flags
 
 import views
-from common import cli
-from common.errors import UserError, require
+from common import cli, files
+from common.errors import UserError, check_name, require
 from drawing import canvas, plots
 from tools import shared
 
@@ -35,10 +34,15 @@ def main(arguments: list[str]) -> int:
     require(len(arguments) > 1, "Name photographs: files, folders, or - for stdin.")
     require(OUT.value or PLOT.value, "Say where to: --out=features.npz for the numbers, --plot=maps.png for a picture.")
     require(OUT.value.endswith(".npz") or not OUT.value, f"--out={OUT.value} must end in .npz.")
+    if OUT.value:
+        files.check(pathlib.Path(OUT.value).expanduser())
     if PLOT.value:
         canvas.check(PLOT.value)
     network = shared.network()
     layers = network.layers if LAYER.value == ["all"] else tuple(LAYER.value)
+    require(layers and len(set(layers)) == len(layers), f"--layer={','.join(layers)} must name different layers.")
+    for layer in layers:
+        check_name("--layer", layer, network.layers)
     photographs = shared.Photographs(network, arguments[1:])
     rows = photographs.through(lambda squares: network.features(squares, layers), "features")
     with _Archive(OUT.value, layers) if OUT.value else contextlib.nullcontext() as archive:
@@ -64,7 +68,9 @@ class _Archive:
 
     def __enter__(self):
         with self._explained():
-            self._folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent))
+            self._folder = self._path.with_name(f".{self._path.name}.partial")
+            shutil.rmtree(self._folder, ignore_errors=True)  # a killed run leaves one
+            self._folder.mkdir()
             self._parts = {layer: (self._folder / layer).open("wb") for layer in self._layers}
         return self
 

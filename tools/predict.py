@@ -20,7 +20,9 @@ from absl import flags
 
 from common import cli
 from common.errors import require
+from datasets.progress import printable
 from drawing import canvas, plots
+from predictor import ranked
 from tools import shared
 
 TOP = flags.DEFINE_integer("top", 5, "How many labels.", lower_bound=1)
@@ -28,7 +30,7 @@ JSON = flags.DEFINE_bool("json", False, "One JSON object a line, for programs.")
 PLOT = flags.DEFINE_string("plot", "", "Draw the photographs with their answers into this .png, .svg or .pdf.")
 shared.define_network()
 
-MOST_DRAWN = 60
+MOST_DRAWN, MOST_BARS = 60, 10
 BAR = 30  # characters of a probability of 1
 
 
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
         else:
             _print(console, photograph.file, answers, truth)
         if PLOT.value and len(drawn) < MOST_DRAWN:
-            drawn.append((photograph.pixels, answers, truth))
+            drawn.append((photograph.pixels, answers[:MOST_BARS], truth))
     if PLOT.value and drawn:
         if len(photographs.files) > MOST_DRAWN:
             print(f"{PLOT.value} shows the first {MOST_DRAWN} of {len(photographs.files)}.", file=sys.stderr)
@@ -68,15 +70,16 @@ def _print(console, file, answers, truth):
     for label, probability in answers:
         text = rich.text.Text(label, style="bold green" if label == truth else "")
         table.add_row(f"{probability:7.2%}", text, rich.text.Text("█" * round(BAR * probability), style="blue"))
-    console.print(rich.text.Text(file, style="bold"), soft_wrap=True)
-    console.print(table)
+    with console.capture() as captured:  # Rich itself would end the program if nobody reads
+        console.print(rich.text.Text(printable(file), style="bold"), soft_wrap=True)
+        console.print(table)
+    print(captured.get(), end="", flush=True)
 
 
 def _print_json(network, file, row, truth):
-    order = (-row).argsort(kind="stable")[: TOP.value]
     predictions = [
         {"class": network.records.class_names[i], "label": network.labels[i], "probability": float(row[i])}
-        for i in order
+        for i in ranked(row, TOP.value)
     ]
     print(json.dumps({"file": file, "true_label": truth, "predictions": predictions}), flush=True)
 

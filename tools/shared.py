@@ -11,6 +11,7 @@ from absl import flags
 import predictor
 from common import exits, host
 from common.progress import progress
+from datasets.progress import printable
 
 # The flags below belong to the tool that calls for them, so that its --help lists them.
 flags.disclaim_key_flags()
@@ -20,7 +21,7 @@ FILES = "FILE|FOLDER|- …"
 
 def define_network(views: bool = True) -> None:
     """Defines the flags with which `network` chooses a trained network; `views` only if it predicts."""
-    flags.DEFINE_string("workdir", None, "Folder of a run of main.py.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of a run of main.py; required.", required=True)
     flags.DEFINE_string("step", "best", "The checkpoint: best, latest, or the number of its step.")
     flags.DEFINE_integer("batch_size", 64, "Images that are computed at once.", lower_bound=1)
     if views:
@@ -74,7 +75,7 @@ class Photographs:
             advance()
             if photograph.pixels is None:
                 self.unreadable += 1
-                print(f"{photograph.file}: {photograph.reason}", file=sys.stderr)
+                print(f"{printable(photograph.file)}: {photograph.reason}", file=sys.stderr)
             else:
                 yield photograph
 
