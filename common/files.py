@@ -39,5 +39,5 @@ def folder(path: pathlib.Path) -> pathlib.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be a folder: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     return path

@@ -72,6 +72,8 @@ def _main(arguments, out, err, folder, variables, stdin=None):
         os.dup2(stdin.fileno(), 0)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- multiprocessing has put an empty one there
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+    # New ones, because the old take a pipe for the file that they began with.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear(), os.environ.update(variables)
     sys.argv = arguments

@@ -234,7 +234,7 @@ def test_no_picture_where_none_can_be_written(tmp_path):
     figure = plots.curves(LINES)
     with pytest.raises(UserError, match=r"must end in \.png, \.svg or \.pdf"):
         canvas.save(figure, tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"missing/a\.png cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"missing/a\.png cannot be written: there is no folder"):
         canvas.save(figure, tmp_path / "missing" / "a.png")
     (tmp_path / "a.png").write_bytes(b"old")
 

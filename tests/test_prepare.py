@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import data
+from common import progress as bars
 from common.errors import UserError
 from datasets import images, locks, prepared, progress, shapes, sources
 
@@ -94,7 +95,7 @@ def test_preparing_again_finds_what_is_there(tmp_path, capsys):
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     folder = data.make_folder(tmp_path / "photos [1]", {"train": 5})
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0)
     prepare(folder, tmp_path)
     _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [f"photos [1]: {i} of 5 images" for i in range(1, 6)]
