@@ -178,7 +178,8 @@ if "fail" in sys.argv:
     sys.exit("error: it cannot.")
 with (workdir / "metrics.jsonl").open("w") as file:
     def write(step, **values):
-        file.write(json.dumps({"step": step, "epoch": 1.0} | {f"train/{name}": value for name, value in values.items()}) + "\\n")
+        values = {f"train/{name}": value for name, value in values.items()}
+        file.write(json.dumps({"step": step, "epoch": 1.0} | values) + "\\n")
         file.flush()
         time.sleep(0.5)
     write(2, images_per_second=1.0, input_wait=1.0)
