@@ -67,7 +67,7 @@ class Predictor:
         self, workdir: str | pathlib.Path, *, step: str | int = "best", views: str = "ten", batch_size: int = 64
     ):
         self.workdir = workdirs.expanded(workdir)
-        check_views(views)
+        check_name("views", views, VIEWS)
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
         self.config = workdirs.read_config(self.workdir)
         shapes = setup.state_shapes(self.config)
@@ -222,11 +222,6 @@ def ranked(probabilities: np.ndarray, top: int) -> list[int]:
     return np.argsort(-probabilities, kind="stable")[:top].tolist()
 
 
-def check_views(name: str) -> None:
-    """Refuses what is no name of views; raises `UserError`."""
-    check_name("views", name, VIEWS)
-
-
 def find(names: Iterable[str]) -> list[str | bytes]:
     """The images that are meant by names: files as they are, and in folders all with an image's suffix, sorted.
 
@@ -241,9 +236,8 @@ def find(names: Iterable[str]) -> list[str | bytes]:
         if name == "-":
             content = sys.stdin.buffer.read() if sys.stdin else b""
             require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
-            found += (
-                [content] if images.is_image(content) else find(filter(None, re.split("[\0\n]", os.fsdecode(content))))
-            )
+            listed = filter(None, re.split("[\0\n]", os.fsdecode(content)))
+            found += [content] if images.is_image(content) else find(listed)
             continue
         path = pathlib.Path(name).expanduser()
         require(path.exists(), f"{name} is not there.")

@@ -108,6 +108,7 @@ class Trainer:
         self.recorder = metrics.Recorder(run.workdir, self.step, self.evaluated, run.durations.num_steps, is_first)
         self._fetcher = metrics.Fetcher()
         self._trace = metrics.Trace(run.workdir, self.step, self.recorder.say) if profile and is_first else None
+        self._first_layer = models.layer_table(run.config.model, run.config.input.crop)[0].name
         self._batch = self._measured = None
 
     def __enter__(self):
@@ -205,8 +206,7 @@ class Trainer:
         Returns:
           {name: (N, H, W, 3) uint8}; without inputs before the first step of this process.
         """
-        config, layout = self.run.config, self.run.layout
-        first = models.layer_table(config.model, config.input.crop)[0].name
+        config, layout, first = self.run.config, self.run.layout, self._first_layer
         kernel = layout.merge(self.state.params[first]["kernel"], self.run.shapes.params[first]["kernel"])
         found = {f"kernels/{first}": grids.stack(grids.kernels(kernel, config.model.towers))[None]}
         if self._batch:

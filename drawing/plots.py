@@ -200,7 +200,7 @@ def kernels(kernel: np.ndarray, towers: int) -> Figure:
     figure = sheet(max(wide, 2.5) + 2 * GAP, sum(heights) + towers * (head + GAP) + GAP)
     top = GAP
     for tower, (part, share) in enumerate(zip(parts, grids.selectivity(kernel, towers), strict=True)):
-        name = f"tower {tower}" if towers > 1 else "conv1"
+        name = f"tower {tower}" if towers > 1 else "kernels"
         write(figure, GAP, top, name, color=TOWERS[tower] if towers > 1 else INK, weight="bold")
         write(figure, GAP + 0.65, top, f"colour selectivity {share:.2f}", color=GREY)
         axes = place(figure, GAP, top + head, wide, heights[tower])
