@@ -129,7 +129,7 @@ class Predictor:
         return conversion.in_order(photograph, files, ahead=2 * self.batch_size)
 
     def probabilities(self, squares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the probabilities of the classes, (classes,) float32, for each of (S, S, 3) uint8 squares."""
+        """Yields (classes,) float32 for each (S, S, 3) uint8 square: how probable each class is."""
         if not hasattr(self, "_probabilities"):
             step = evaluate.probabilities(self._network, self.records.mean_image, self.config.input, self._views)
             self._probabilities = self._layout.map(lambda params, batch: step(params, batch))

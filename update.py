@@ -102,10 +102,12 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
 
 
 def build_weigh(layout: parallel.Layout):
-    """Builds the function of a sharded state that gives what `measurements` reads of it, for each device.
+    """Builds what measures a state after its update.
 
-    With the paper's rule the velocity is the last update. So the function gives 'updates' and 'kernels', {layer: sum of
-    squares of its part of the kernel's}; with another rule, nothing.
+    Returns:
+      A function of a sharded state. For each device it gives 'updates' and 'kernels', {layer: sum of squares}, of this
+      device's part of the layer's kernel. The last update is the velocity, which only the paper's rule has; with another
+      rule the function gives {}.
     """
 
     def weigh(state):
