@@ -106,8 +106,8 @@ def build_weigh(layout: parallel.Layout):
 
     Returns:
       A function of a sharded state. For each device it gives 'updates' and 'kernels', {layer: sum of squares}, of this
-      device's part of the layer's kernel. The last update is the velocity, which only the paper's rule has; with another
-      rule the function gives {}.
+      device's part of the layer's kernel. The last update is the velocity, which only the paper's rule has. With
+      another rule the function gives {}.
     """
 
     def weigh(state):
