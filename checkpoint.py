@@ -10,6 +10,7 @@ afterwards. STEP.damaged could not be read; STEP.replaced exists for a moment on
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,10 @@ import orbax.checkpoint as ocp
 from common.errors import UserError
 
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+# What says that files are damaged, found by changing every byte of a checkpoint: the exceptions of Orbax, TensorStore and
+# JSON, and the system's reasons. Any others, such as a lack of memory or of file descriptors, say nothing of the files.
+DAMAGE = (ValueError, LookupError, EOFError, OSError)
+REASONS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class Checkpoints:
@@ -125,12 +130,14 @@ class Checkpoints:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise anything if a file cannot be written
+        except Exception as error:
             step, self._saving = self._saving, None
             for unfinished in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._put_back()
+            if _system_error(error) is None and not isinstance(error, OSError):
+                raise  # a defect, of this code or of Orbax
             there = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
             raise UserError(
                 f"The checkpoint of step {step} cannot be written to {self.directory}: {_reason(error)}. "
@@ -171,11 +178,11 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self.directory} was written by an earlier version of this code; "
                 f"use that version, or take another --workdir."
             )
-        try:
-            record = dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"])
+        with self._reading(step):
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            if not isinstance(record, dict):
+                raise ValueError("its record has no fields")
             seal = record.pop("seal")
-        except Exception as error:  # Orbax raises anything on a damaged folder
-            raise _Damaged(_reason(error)) from error
         if seal != _seal(record):
             raise _Damaged("its record is not the one that was saved")
         return record
@@ -183,18 +190,29 @@ class Checkpoints:
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         record = self._record(step)
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        try:
+        with self._reading(step):
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
                 "state"
             ]
-        except Exception as error:
-            raise _Damaged(_reason(error)) from error
         found = jax.tree.map(lambda leaf, target: leaf.shape == target.shape, state, like)
         if not all(jax.tree.leaves(found)):  # Orbax returns the shapes that were saved
             raise UserError(f"The checkpoint of step {step} in {self.directory} is of a network of other sizes.")
         if record["checksum"] != checksum(state):
             raise _Damaged("its arrays are not those that were saved")
         return state, record["meta"]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Tells damage, `_Damaged`, from a system that cannot read just now, a `UserError`; defects pass through."""
+        try:
+            yield
+        except DAMAGE as error:
+            if _system_error(error) in REASONS:
+                raise _Damaged(_reason(error)) from error
+            raise UserError(
+                f"The checkpoint of step {step} in {self.directory} cannot be read now: {_reason(error)}. It stays as "
+                f"it is; start again when that is mended."
+            ) from error
 
     def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads (step, merged state, meta) of the readable checkpoint with the lowest validation error, or gives None.
@@ -317,9 +335,15 @@ def _seal(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
+def _system_error(error: Exception) -> int | None:
+    """The number with which the system refused a file, also inside one of TensorStore's long messages; else None."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
 def _reason(error: Exception) -> str:
     """What the system said, or else the first line of the error, cut to a sentence's length."""
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # ends TensorStore's long messages
-        return os.strerror(int(code[1]))
+    if code := _system_error(error):
+        return os.strerror(code)
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.rstrip(".")[:300]

@@ -25,7 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
         name="",  # a TFDS name, or a folder ROOT with ROOT/SPLIT/CLASS/*.jpg
         data_dir="data",
         train_split="train",
-        eval_split="test",
+        eval_split="test",  # evaluated while it trains; its error chooses the best checkpoint
+        test_split="",  # for the errors at the end, with ten views; '' is eval_split
         allow_unreadable=0,  # files that may be left out of the prepared set
         max_pixels=100_000_000,  # larger images are refused before they are decoded
     )

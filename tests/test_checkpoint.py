@@ -1,5 +1,6 @@
 """A checkpoint is exactly what was saved, or is said to be damaged; saving never loses the one before."""
 
+import errno
 import pathlib
 import shutil
 
@@ -100,6 +101,43 @@ def test_no_byte_of_the_record_can_change_unseen(saved, tmp_path):
             content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         )
         assert_is(latest(workdir), 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (MemoryError("too little"), MemoryError, "too little"),
+        (AttributeError("of another version of Orbax"), AttributeError, "another version"),
+        (OSError(errno.EMFILE, "Too many open files"), UserError, "step 2 .* cannot be read now: Too many open files"),
+        (ValueError("… [os_error_code='12']"), UserError, "step 2 .* cannot be read now: Cannot allocate memory"),
+    ],
+)
+def test_what_says_nothing_of_the_files_sets_nothing_aside(saved, tmp_path, monkeypatch, error, raised, words):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    before = sorted(workdir.rglob("*"))
+
+    def restore(*_, **__):
+        raise error
+
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        for read in (checkpoints.restore_latest, checkpoints.restore_best):
+            with pytest.raises(raised, match=words):
+                read(state(0))
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_defect_while_saving_is_not_blamed_on_the_disk(saved, tmp_path, monkeypatch):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+
+    def save(*_, **__):
+        raise AttributeError("a defect")
+
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", save)
+        with pytest.raises(AttributeError, match="a defect"):
+            checkpoints.save(2, state(2), {})
+    assert_is(latest(workdir), 2)
 
 
 def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
