@@ -29,8 +29,8 @@ import orbax.checkpoint as ocp
 from common.errors import UserError
 
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-# What says that files are damaged, found by changing every byte of a checkpoint: the exceptions of Orbax, TensorStore and
-# JSON, and the system's reasons. Any others, such as a lack of memory or of file descriptors, say nothing of the files.
+# What says that files are damaged, found by changing every byte of a checkpoint: exceptions of Orbax, TensorStore and
+# JSON, and reasons of the system. Others, such as a lack of memory or of file descriptors, say nothing of the files.
 DAMAGE = (ValueError, LookupError, EOFError, OSError)
 REASONS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
@@ -52,7 +52,7 @@ class Checkpoints:
         self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
         self._read_only, self._saving = read_only, None
         if read_only and not self.directory.is_dir():
-            raise UserError(f"{workdir} holds no checkpoints; --workdir names the folder of a run of main.py.")
+            raise UserError(f"{workdir} is not the folder of a run of main.py: it holds no checkpoints.")
         if not read_only:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)

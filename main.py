@@ -1,7 +1,6 @@
 """Trains a network: `python main.py --config=configs/alexnet.py --workdir=runs/alexnet [--config.FIELD=VALUE …]`."""
 
 import os
-import sys
 
 from absl import flags
 
@@ -37,4 +36,4 @@ def main(_) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.run(main)

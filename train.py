@@ -184,21 +184,24 @@ class Trainer:
         details = {f"train/{name}": value for name, value in update.measurements(measured).items()}
         self.recorder.write(self.step, self.epoch, self._meter.read() | {"train/learning_rate": float(rate)}, details)
 
-    def errors(self, params: Any, which: str) -> dict[str, float]:
-        """Errors of sharded parameters on the evaluation split; `which` views: 'centre' or 'ten'."""
+    def errors(self, params: Any, split: str, which: str, step: int) -> dict[str, float]:
+        """Errors of sharded parameters, those of `step`, on a split; `which` views: 'centre' or 'ten'."""
         run, config = self.run, self.run.config
         if which not in self._evaluators:
             network = update.build_network(config, run.layout)
             self._evaluators[which] = evaluate.build(network, run.layout, run.records.mean_image, config.input, which)
         batches = input_pipeline.eval_batches(
             run.records,
-            config.dataset.eval_split,
+            split,
             batch_size=-(-config.eval_batch_size // run.layout.size) * run.layout.size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=config.input.threads or None,
         )
-        return evaluate.run(self._evaluators[which], params, batches, run.layout, after_batch=self.stop.check)
+        values = evaluate.run(self._evaluators[which], params, batches, run.layout, after_batch=self.stop.check)
+        if not all(map(math.isfinite, values.values())):
+            raise self._diverged(f"The evaluation loss of step {step} is {values['loss']}")
+        return values
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The kernels of the first layer, and some inputs of the last training batch as the network saw them.
@@ -217,9 +220,7 @@ class Trainer:
     def evaluate_and_save(self) -> None:
         """Evaluates the centre view, tells the plateau rule, and saves if that is due or the error is a new best."""
         self.settle()
-        values = self.errors(self.state.params, "centre")
-        if not math.isfinite(values["loss"]):
-            raise self._diverged(f"The evaluation loss of step {self.step} is {values['loss']}")
+        values = self.errors(self.state.params, self.run.config.dataset.eval_split, "centre", self.step)
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
         if self.recorder.active:
             self.recorder.show(self.step, self.pictures())
@@ -264,14 +265,16 @@ class Trainer:
         self.recorder.say(f"Stopped by {name}: step {self.step} is saved, and the same command goes on from there.")
 
     def finish(self) -> None:
-        """Ends the run: ten views of the best checkpoint, unless that was done, and what to do next."""
+        """Ends the run: the ten views of the best checkpoint, unless that was done, and what to do next."""
         run = self.run
         tested, best, state = {}, self.step, None
         if run.checkpoints:
             run.checkpoints.wait()
             for line in metrics.read_lines(run.workdir / "metrics.jsonl"):
-                if line["step"] == self.step and "test/top1_error" in line:
-                    tested = {name: value for name, value in line.items() if name.startswith("test/")}
+                found = {name: value for name, value in line.items() if name.startswith("test/")}
+                # A value that was not finite is stored as None, by earlier versions.
+                if line["step"] == self.step and found and None not in found.values():
+                    tested = found
             if not tested and run.checkpoints.best_step() not in (None, self.step):
                 best, state, _ = run.checkpoints.restore_best(run.shapes) or (self.step, None, None)
         values, best = json.loads(processes.gather_text(json.dumps((tested, best)))[0])
@@ -279,8 +282,8 @@ class Trainer:
             params = self.state.params
             if best != self.step:
                 params = run.layout.shard(processes.from_first((state or setup.blank(run.shapes)).params))
-            values = {f"test/{name}": value for name, value in self.errors(params, "ten").items()}
-            values["test/step"] = best
+            errors = self.errors(params, workdirs.test_split(run.config), "ten", best)
+            values = {f"test/{name}": value for name, value in errors.items()} | {"test/step": best}
             self.recorder.write(self.step, self.epoch, values)
             self.recorder.hparams(run.config.to_dict())
         self.recorder.say(report.farewell(run, self.step, values))

@@ -18,6 +18,7 @@ import rich.progress
 
 import parallel
 from common.errors import UserError
+from datasets import tensorflow
 
 # First and last step of a trace, counted from the start: after compilation, and few because a trace is large.
 PROFILED = (10, 14)
@@ -98,7 +99,7 @@ class Recorder:
     Args:
       workdir: folder of the run.
       step, evaluated: the step from which the run goes on, and the step of its last evaluation. Later lines of
-        metrics.jsonl come from before a crash; they are dropped, because the run writes them again.
+        metrics.jsonl come from before a crash. The run writes them again, so they are dropped, in TensorBoard as well.
       num_steps: the step at which the run ends.
       active: False in all processes but the first; those write nothing.
     """
@@ -110,14 +111,17 @@ class Recorder:
         from clu import metric_writers  # imports TensorFlow
 
         self._path = workdir / "metrics.jsonl"
+        before = read_lines(self._path)
         lines = [
             line
-            for line in read_lines(self._path)
+            for line in before
             if line["step"] <= (evaluated if any(name.startswith("eval/") for name in line) else step)
         ]
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         partial.replace(self._path)
+        if len(lines) < len(before):
+            _forget(workdir, step + 1)
         self._file = self._path.open("a")
         self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
         self._start = (step, time.monotonic())
@@ -256,6 +260,22 @@ class Trace:
         )
 
 
+def _forget(workdir: pathlib.Path, step: int) -> None:
+    """Writes a file of events that tells TensorBoard to drop what it has from `step` on.
+
+    It is read after the files of earlier starts and before the one that the summary writer begins now, because
+    TensorBoard sorts them by name.
+    """
+    tf = tensorflow()
+    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+    again = {"step": step, "session_log": start}  # twice, because the first that TensorBoard sees drops nothing
+    events = {"file_version": "brain.Event:2"}, again, again
+    now = time.time()
+    with tf.io.TFRecordWriter(str(workdir / f"events.out.tfevents.{int(now)}")) as file:
+        for event in events:
+            file.write(tf.compat.v1.Event(wall_time=now, **event).SerializeToString())
+
+
 def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, {name: number or None}. Skips malformed lines; a missing file gives []."""
     path = pathlib.Path(path)
@@ -291,5 +311,5 @@ def describe(values: dict[str, float]) -> str:
         elif name == "images_per_second":
             parts.append(f"{value:,.0f} images/s")
         else:
-            parts.append(f"{label} {value:.4g}")
+            parts.append(f"{label} {value}" if isinstance(value, int) else f"{label} {value:.4g}")
     return "  ".join(parts)

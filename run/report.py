@@ -5,11 +5,14 @@ import sys
 
 import jax
 
+from run import workdirs
 from run.setup import Run
 
 
 def greeting(run: Run, step: int, resumed: bool) -> str:
     """What is about to happen, in a few lines."""
+    if step >= run.durations.num_steps:
+        return f"Nothing is left to train: {step} steps are done, of {run.durations.num_steps}.\nDevices: {run.layout}."
     count = sum(leaf.size for leaf in jax.tree.leaves(run.shapes.params))
     verb = f"Continuing after step {step}" if resumed else "Training"
     dataset, num_steps = run.config.dataset, run.durations.num_steps
@@ -31,10 +34,15 @@ def farewell(run: Run, step: int, values: dict[str, float]) -> str:
     epoch = step / run.durations.steps_per_epoch
     doubled = f"num_steps={2 * step}" if run.config.num_steps else f"num_epochs={max(1, round(2 * epoch))}"
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
+    split = workdirs.test_split(run.config)
+    top5 = f"top-5 error {values['test/top5_error']:.2%}, " if run.records.num_classes > 5 else ""  # else it is 0
+    chosen_on = "on the same images, which makes these errors look a little too low; dataset.test_split can name others"
+    if split != run.config.dataset.eval_split:
+        chosen_on = f"on eval_split={run.config.dataset.eval_split!r}"
     return f"""
-Done: {step} steps, {epoch:.1f} epochs. Ten views, with the best checkpoint (step {values["test/step"]}):
-top-1 error {values["test/top1_error"]:.2%}, top-5 error {values["test/top5_error"]:.2%}, \
-mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
+Done: {step} steps, {epoch:.1f} epochs. Ten views of {split!r}, with the best checkpoint (step {values["test/step"]}):
+top-1 error {values["test/top1_error"]:.2%}, {top5}mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
+The checkpoint was chosen {chosen_on}.
 
 metrics           {run.workdir / "metrics.jsonl"}
 checkpoints       {run.workdir / "checkpoints"}

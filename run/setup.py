@@ -115,7 +115,10 @@ def _compare_processes(config, records: prepared.Records) -> None:
     mine = {
         "config": workdirs.to_json(config),
         "data": {
-            "examples": [records.num_examples(split) for split in (dataset.train_split, dataset.eval_split)],
+            "examples": [
+                records.num_examples(split)
+                for split in (dataset.train_split, dataset.eval_split, workdirs.test_split(config))
+            ],
             "classes": records.class_names,
             "statistics": checkpoint.checksum([records.mean_image, records.principal_std]),
         },
@@ -138,11 +141,13 @@ def _open_workdir(run: Run) -> None:
 
     run.lock = workdirs.lock(run.workdir)
     workdirs.check(run.config, run.workdir)  # again: another run may have begun here since the first check
-    workdirs.write_config(run.config, run.workdir)
-    workdirs.write_dataset(run.records, run.workdir)
     run.checkpoints = checkpoint.Checkpoints(run.workdir)
     if restored := run.checkpoints.restore_latest(run.shapes):
         run.state, run.known = restored
+        workdirs.check_checkpoint(run.known, run.config, run.records, run.workdir)
+    workdirs.write_config(run.config, run.workdir)
+    workdirs.write_dataset(run.records, run.workdir)
+    if restored:
         return
     state = jax.device_get(update.init_state(run.config))
     params = flax.traverse_util.flatten_dict(state.params)

@@ -38,6 +38,11 @@ def to_json(config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def test_split(config) -> str:
+    """The split of the errors at the end of a run."""
+    return config.dataset.test_split or config.dataset.eval_split
+
+
 def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
     """The path of a workdir, with ~ as the user's home; raises `UserError`, which names `field`, if it is no path."""
     require(str(workdir), f"{field}= is empty; it names a folder.")
@@ -178,17 +183,17 @@ def classes_checksum(records: prepared.Records) -> int:
 
 
 def check_checkpoint(meta: dict[str, Any], config, records: prepared.Records, workdir: pathlib.Path) -> None:
-    """Refuses a workdir whose config.json or dataset.npz is not that of its checkpoint; raises `UserError`.
+    """Refuses a checkpoint of another config or of other classes; raises `UserError`.
 
     Args:
       meta: of the checkpoint. Those of earlier versions know nothing of the classes.
-      config, records: what the two files hold.
+      config, records: of the run, or what config.json and dataset.npz hold.
     """
     stored, ours = schema.completed(meta["config"]), to_json(config)
-    if differ := differences(ours, stored, CONTINUABLE, ("in config.json", "in the checkpoint")):
-        raise UserError(f"The config.json of {workdir} is not that of its checkpoints. Different: {differ}.")
+    if differ := differences(stored, ours, CONTINUABLE, ("in the checkpoint", "here")):
+        raise UserError(f"The checkpoints of {workdir} are of another config. Different: {differ}.")
     same = meta.get("classes", classes_checksum(records)) == classes_checksum(records)
-    require(same, f"The dataset.npz of {workdir} has other classes than its checkpoints.")
+    require(same, f"The checkpoints of {workdir} are of other classes.")
 
 
 def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:

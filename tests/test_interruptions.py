@@ -217,7 +217,7 @@ sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 import main
 from common import cli
 try:
-    sys.exit(cli.run(main.main))
+    cli.run(main.main)
 finally:
     done.set()
 """

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 
 from run import metrics
 
@@ -36,6 +37,28 @@ def test_recorder_goes_on_where_the_checkpoint_is(tmp_path):
     with metrics.Recorder(tmp_path, step=3, evaluated=3, num_steps=8) as recorder:
         recorder.write(4, 0.4, {"train/loss": float("nan")})
     assert metrics.read_lines(path) == [*lines[:3], {"step": 4, "epoch": 0.4, "train/loss": None}]
+
+
+def test_tensorboard_forgets_what_a_crash_left_behind_the_checkpoint(tmp_path):
+    """As TensorBoard's own reader has it, also before anything new is written."""
+
+    def shown():
+        reader = plugin_event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+        return [event.step for event in reader.Tensors("train/loss")]
+
+    def go_on(done, steps):
+        for number, file in enumerate(sorted(tmp_path.glob("events*"))):
+            file.rename(tmp_path / f"events.out.tfevents.100{number}.as-of-long-ago")
+        with metrics.Recorder(tmp_path, step=done, evaluated=done, num_steps=8) as recorder:
+            for step in steps:
+                recorder.write(step, step / 10, {"train/loss": 1.0})
+
+    go_on(0, range(1, 6))
+    assert shown() == [1, 2, 3, 4, 5]
+    go_on(3, [])
+    assert shown() == [1, 2, 3]
+    go_on(3, [4])
+    assert shown() == [1, 2, 3, 4]
 
 
 def test_what_is_no_line_is_left_out_and_the_rest_stays(tmp_path):

@@ -33,7 +33,7 @@ from predictor import Predictor
 from run import workdirs
 from tools import shared
 
-SPLIT = flags.DEFINE_string("split", "", "The split; by default the one that the run evaluates.")
+SPLIT = flags.DEFINE_string("split", "", "The split; by default that of the errors at the end of the run.")
 DATASET = flags.DEFINE_string("dataset", "", "Another data set with the run's classes: a folder, or a TFDS name.")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Where prepared/ lies; by default where the run found it.")
 OUT = flags.DEFINE_string("out", "", "Folder for the results; by default evaluation/ in the workdir.")
@@ -59,6 +59,7 @@ def main(_) -> int:
     require(totals, f"No image of {name} can be read.")
     unreadable = len(images) - int(totals["examples"])
     errors, matrix = evaluate.errors(totals), totals["confusion"]
+    require(np.isfinite(errors["loss"]), f"The loss is {errors['loss']}, and nothing was written.")
     if network.config.model.num_classes <= 5:
         del errors["top5_error"]  # it is 0
     about = {
@@ -145,7 +146,7 @@ def _counted(batches, advance):
 
 def _batches(network: Predictor):
     config = network.config
-    name, split = DATASET.value or config.dataset.name, SPLIT.value or config.dataset.eval_split
+    name, split = DATASET.value or config.dataset.name, SPLIT.value or workdirs.test_split(config)
     if DATASET.value and sources.is_folder(name):
         return _of_folder(network, workdirs.expanded(name, "--dataset"))
     records = network.data(DATA_DIR.value) if name == config.dataset.name else _other_records(network, name, split)
@@ -181,7 +182,7 @@ def _of_folder(network: Predictor, root: pathlib.Path):
         if flat := set(folders) & set(names):
             require(not SPLIT.value, f"--split={SPLIT.value}, but {root} holds the class {min(flat)} itself.")
         else:
-            split = SPLIT.value or network.config.dataset.eval_split
+            split = SPLIT.value or workdirs.test_split(network.config)
             require(split in folders, f"{root} has neither a class of {network.workdir} nor a split {shown(split)}.")
             root, folders = root / split, classes_in(root / split)
     except OSError as error:

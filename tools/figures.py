@@ -172,8 +172,7 @@ def nearest(query: np.ndarray, vectors: np.ndarray, count: int) -> list[tuple[in
 
 
 def _photographs(network: Predictor, records: prepared.Records) -> Iterator[tuple[str, Drawing]]:
-    dataset = network.config.dataset
-    split = dataset.eval_split
+    split = workdirs.test_split(network.config)
     looked_at = evenly(records.num_examples(split), LOOKED_AT)
     labels = np.empty(len(looked_at), int)
     with progress(f"classes of {split}", len(looked_at), sys.stderr) as advance:
@@ -237,7 +236,7 @@ def _neighbours(network: Predictor, records: prepared.Records, queries: list[tup
         )
     sample = f"an even sample of {len(compared):,} of the {count:,}" if len(compared) < count else f"the {count:,}"
     caption = (
-        f"Images of {network.config.dataset.eval_split} and the nearest of {sample} images of {split}, by the "
+        f"Images of {workdirs.test_split(network.config)} and the nearest of {sample} images of {split}, by the "
         f"Euclidean distance of their features in {layer}, as in figure 4 (right)."
     )
     return Drawing(
