@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import views
+from common import exits
 from parallel import UNDER_WAY, Layout, first
 
 
@@ -132,3 +133,7 @@ def errors(total: dict[str, np.ndarray]) -> dict[str, float]:
         "top5_error": float(total["top5"] / examples),
         "mean_class_accuracy": float(np.mean(accuracy)),
     }
+
+
+if __name__ == "__main__":
+    exits.fail("This file is no command; `python -m tools.evaluate --workdir=FOLDER` evaluates.")

@@ -4,7 +4,7 @@ import os
 
 from absl import flags
 
-from common import cli, host
+from common import cli, exits, host
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
@@ -18,6 +18,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_) -> int | None:
     """Sets the platform up and trains."""
+    exits.outlive_readers()
     # TensorFlow prints notices at import, which do not help a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

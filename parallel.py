@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,12 +23,38 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common import host
-from common.errors import require
+from common.errors import UserError, require, shortened
 
 AXIS = "devices"
 # How many programs the host lets wait on the devices while it dispatches the next one.
 UNDER_WAY = 1
 Tree = Any
+
+
+def start_devices() -> None:
+    """Starts the devices of JAX, before anything else asks for them.
+
+    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says: with
+    jax 0.10.2, programs from the cache corrupt memory there, and once gave wrong results.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS names is not there.
+    """
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the second, without words, for a platform that needs a plugin
+        reason = " ".join(str(error).split()) or "JAX has no plugin for it"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX cannot use it here ({shortened(reason)}); without this "
+            f"variable it takes what is there."
+        ) from error
+    cached = jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
+    if cached and len(devices) > 1 and devices[0].platform == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(
+            "warning: JAX's compilation cache stays off: with several devices on the CPU it corrupts memory.",
+            file=sys.stderr,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

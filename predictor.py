@@ -26,9 +26,10 @@ import checkpoint
 import evaluate
 import models
 import update
+from common import exits
 from common.errors import UserError, check_name, require, shown
 from datasets import conversion, images, prepared, sources, wordnet
-from parallel import UNDER_WAY, Layout, addressable
+from parallel import UNDER_WAY, Layout, addressable, start_devices
 from run import setup, workdirs
 from views import VIEWS, center, to_input
 
@@ -68,6 +69,7 @@ class Predictor:
     ):
         self.workdir = workdirs.expanded(workdir)
         check_name("views", views, VIEWS)
+        start_devices()
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
         self.config = workdirs.read_config(self.workdir)
         shapes = setup.state_shapes(self.config)
@@ -307,3 +309,7 @@ def _rows(count: int, result: Any) -> Iterator[Any]:
     whole = jax.tree.map(lambda leaf: np.concatenate(addressable(leaf)), result)
     for row in range(count):
         yield jax.tree.map(lambda leaf, row=row: leaf[row], whole)
+
+
+if __name__ == "__main__":
+    exits.fail("This file is no command; `python -m tools.predict --workdir=FOLDER PHOTO …` predicts.")

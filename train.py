@@ -28,7 +28,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, pro
     """Trains, or continues, the run of `config` in `workdir`; `profile` adds a trace, see `metrics.Trace`.
 
     Returns:
-      The exit code: 0 when the run is complete, 130 or 143 when SIGINT or SIGTERM ended it with its state saved.
+      The exit code: 0 when the run is complete, or that of a signal that ended it, with its state saved; see `exits`.
 
     Raises:
       UserError: see `setup.set_up`; also a loss that is not finite, a full disk, another process that has ended.
@@ -287,3 +287,7 @@ class Trainer:
             self.recorder.write(self.step, self.epoch, values)
             self.recorder.hparams(run.config.to_dict())
         self.recorder.say(report.farewell(run, self.step, values))
+
+
+if __name__ == "__main__":
+    exits.fail("This file is no command; `python main.py --config=FILE --workdir=FOLDER` trains.")

@@ -51,13 +51,17 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
         try:
             if len(argv) > 1 and not takes:
                 raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
-            return main(argv)
+            code = main(argv)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # on the way out it would only print a traceback
+            return code
         except UserError as error:
             _fail(str(error))
         except BrokenPipeError:
             exits.leave(exits.NO_READER)
         except KeyboardInterrupt:
             exits.leave(exits.SIGNALS[signal.SIGINT])
+        except MemoryError:
+            _fail("This machine has too little memory for it.")
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")

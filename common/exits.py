@@ -3,14 +3,16 @@
     0      done
     1      a defect of this code, with a traceback
     2      a mistake of the user's, in one sentence
+    129    SIGHUP (the terminal or the connection has gone)
     130    SIGINT (Ctrl-C)
     141    the reader of a tool's output has gone, such as `head`
     143    SIGTERM
 
-Once training has begun, a run saves its state before it ends with 130 or 143, but for a second Ctrl-C.
+Once training has begun, a run saves its state before it ends with 129, 130 or 143, but for a second Ctrl-C.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ import threading
 from typing import NoReturn
 
 DEFECT, MISTAKE, NO_READER = 1, 2, 141
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Stopped(Exception):
@@ -44,8 +46,35 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _Outliving(io.FileIO):
+    """A stream of the process whose output goes nowhere from the first failure on."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno()), os.close(nowhere)
+            if self.fileno() == 1:
+                print(f"warning: stdout takes no more ({error.strerror}); the run goes on.", file=sys.stderr)
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Lets the process go on when nobody can read its output any more: `head`, a lost connection, a full disk."""
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or no file
+            stream = getattr(sys, name)
+            stream.flush()
+            raw = _Outliving(stream.fileno(), "w", closefd=False)
+            options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
+
+
 class StopSignal:
-    """A context that notes SIGINT and SIGTERM, so that the loop can save and end. A second SIGINT ends without saving.
+    """A context that notes the SIGNALS, so that the loop can save and end. A second SIGINT ends without saving.
+
+    SIGHUP stays ignored if it was, by `nohup`.
 
     Attributes:
       code: the exit code that a signal asked for, or 0.
@@ -63,7 +92,9 @@ class StopSignal:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            taken = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+            self._before = {number: signal.signal(number, self._note) for number in taken}
         return self
 
     def __exit__(self, *_):

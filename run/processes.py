@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ Tree = Any
 # aborts without a sentence.
 SILENCE = 20
 HEARTBEAT_TIMEOUT = 60
+# Seconds in which the processes must find one another, and after which one says that it waits.
+PATIENCE, NOTICE = 300, 5
 # With UNDER_WAY = 1, a process waits for program n − 2 before it dispatches program n. Program n − 2 ends only after
 # every process has dispatched it, so no process is more than two programs ahead of another. One that has just passed
 # its check may still dispatch a third. All can stop after that one.
@@ -35,10 +38,14 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
     Without arguments it does nothing in a single process; the tasks of a SLURM step and the hosts of a TPU pod find one
     another. `coordinator_address="auto"` leaves the search to JAX in other clusters.
 
+    It says whom it waits for, and after PATIENCE seconds it ends the process with a sentence. From then on a watch ends
+    it when another process is gone.
+
     Raises:
       UserError: the three are not given together, or the processes do not find one another.
     """
-    arguments = {}
+    global _watch
+    arguments, awaited = {}, "the other processes of this run"
     if coordinator_address in ("", "auto") and not num_processes and process_id < 0:
         if not coordinator_address and not _in_cluster():
             return
@@ -51,6 +58,8 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
             "num_processes": num_processes,
             "process_id": process_id,
         }
+        others = "process 1" if num_processes == 2 else f"processes 1 to {num_processes - 1}"
+        awaited = f"{'process 0' if process_id else others} at {coordinator_address}"
     else:
         raise UserError(
             "Several processes need --coordinator_address=HOST:PORT, --num_processes=N and --process_id=K with "
@@ -60,11 +69,45 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
     faulthandler.disable()
     # It would take SIGTERM for itself, and a start could not be stopped before it trains; see `Stop`.
     jax.config.update("jax_enable_preemption_service", False)
+    # The watch needs it. Imported later, it would leave a second in which a lost process is not noticed.
+    from orbax.checkpoint import multihost  # noqa: F401
+
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        with _patience(awaited):
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=2 * PATIENCE,  # after which JAX would abort
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"The processes of this run did not find one another: {reason}") from error
+    if not arguments.get("num_processes"):
+        parallel.start_devices()
+        num_processes, process_id = jax.process_count(), jax.process_index()
+    if num_processes > 1:
+        _watch = _Watch(num_processes, process_id)
+
+
+@contextlib.contextmanager
+def _patience(awaited: str) -> Iterator[None]:
+    """Says after NOTICE seconds whom this process waits for, and gives up after PATIENCE seconds."""
+    sentence = f"Waited {PATIENCE} s for {awaited}: start all processes of a run in that time, with the same address."
+    timers = (
+        threading.Timer(NOTICE, print, [f"Waiting for {awaited}."], {"flush": True}),
+        threading.Timer(PATIENCE, exits.fail, [sentence]),
+    )
+    # While JAX waits, Python would not see Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_cluster() -> bool:
@@ -135,8 +178,9 @@ def company() -> Iterator["_Watch | None"]:
     Raises:
       UserError: the devices or the other processes fail; other errors pass through.
     """
-    watch = _Watch() if jax.process_count() > 1 else None
+    watch = _watch
     try:
+        parallel.start_devices()
         yield watch
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:300]
@@ -160,6 +204,7 @@ def company() -> Iterator["_Watch | None"]:
         watch.close()
 
 
+_watch: "_Watch | None" = None  # of a process that `initialize` joined to others
 _calls = itertools.count()
 _EXCHANGES = ("Gloo", "NCCL", "nccl", "onnection", "ocket", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's messages
 _GONE = (
@@ -179,15 +224,18 @@ class _Watch:
 
     Works in a thread, because a process that waits for the devices of another can wait for ever.
 
+    Args:
+      count, index: how many processes there are, and the number of this one.
+
     Attributes:
       noticed: that another process has failed, as a sentence; or ''.
       stop: (exit code, number of the program after which all stop), or None.
     """
 
-    def __init__(self):
+    def __init__(self, count: int, index: int):
         self.noticed, self.stop = "", None
-        self._client, self._index = _client(), jax.process_index()
-        self._others = [k for k in range(jax.process_count()) if k != self._index]
+        self._client, self._index = _client(), index
+        self._others = [k for k in range(count) if k != index]
         self._closed, self._all_know = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
