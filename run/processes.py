@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +16,11 @@ from jax.experimental import multihost_utils
 import parallel
 from common import exits
 from common.errors import UserError
+from run.watch import GONE, Watch, delay_aborts, store
 
 Tree = Any
 
-# Seconds without a sign of life after which a process counts as gone. JAX's own limit must come later, because JAX
-# aborts without a sentence.
-SILENCE = 20
+# Seconds after which JAX itself ends a process whose company is silent, without a sentence; later than `watch.SILENCE`.
 HEARTBEAT_TIMEOUT = 60
 # Seconds in which the processes must find one another, and after which one says that it waits.
 PATIENCE, NOTICE = 300, 5
@@ -69,6 +67,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
     faulthandler.disable()
     # It would take SIGTERM for itself, and a start could not be stopped before it trains; see `Stop`.
     jax.config.update("jax_enable_preemption_service", False)
+    delay_aborts()
     # The watch needs it. Imported later, it would leave a second in which a lost process is not noticed.
     from orbax.checkpoint import multihost  # noqa: F401
 
@@ -86,7 +85,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
         parallel.start_devices()
         num_processes, process_id = jax.process_count(), jax.process_index()
     if num_processes > 1:
-        _watch = _Watch(num_processes, process_id)
+        _watch = Watch(num_processes, process_id, coordinator_address)
 
 
 @contextlib.contextmanager
@@ -120,7 +119,7 @@ def gather_text(text: str) -> list[str]:
     """The texts of all processes, by process. Waits up to a day, because one of them may be preparing its data."""
     if jax.process_count() == 1:
         return [text]
-    client, call = _client(), next(_calls)
+    client, call = store(), next(_calls)
     client.key_value_set(f"text/{call}/{jax.process_index()}", text)
     day = 86_400_000  # milliseconds
     return [client.blocking_key_value_get(f"text/{call}/{k}", day) for k in range(jax.process_count())]
@@ -150,7 +149,7 @@ class Stop:
       watch: what `company` gives: None in a single process.
     """
 
-    def __init__(self, signals: exits.StopSignal, watch: "_Watch | None"):
+    def __init__(self, signals: exits.StopSignal, watch: Watch | None):
         self._signals, self._watch = signals, watch
         self._programs, self._asked = 0, False
 
@@ -169,7 +168,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def company() -> Iterator["_Watch | None"]:
+def company() -> Iterator[Watch | None]:
     """A run, in this process, of one or of several processes: when one of them fails, all of them end with a sentence.
 
     Yields:
@@ -188,7 +187,7 @@ def company() -> Iterator["_Watch | None"]:
             sentence = "The devices have too little memory; halve batch_size and eval_batch_size"
         elif watch and (watch.noticed or any(word in reason for word in _EXCHANGES)):
             # An exchange with a process that has ended fails at once, and JAX aborts soon: no time to ask the others.
-            raise UserError(f"{watch.noticed or _GONE.format('Another process')} ({reason}).") from error
+            raise UserError(f"{watch.noticed or GONE.format('Another process')} ({reason}).") from error
         elif watch:
             sentence = "The devices of this process failed"
         else:
@@ -204,113 +203,6 @@ def company() -> Iterator["_Watch | None"]:
         watch.close()
 
 
-_watch: "_Watch | None" = None  # of a process that `initialize` joined to others
+_watch: Watch | None = None  # of a process that `initialize` joined to others
 _calls = itertools.count()
 _EXCHANGES = ("Gloo", "NCCL", "nccl", "onnection", "ocket", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's messages
-_GONE = (
-    "{} of this run has ended or is out of reach; start all of them again, and the run goes on from its last checkpoint"
-)
-
-
-def _client():
-    """JAX's store of keys and values, which all processes of a run share; process 0 keeps it."""
-    from orbax.checkpoint import multihost
-
-    return multihost.get_jax_distributed_client()
-
-
-class _Watch:
-    """Shows the other processes that this one is alive, and ends it when one of them has failed or is silent.
-
-    Works in a thread, because a process that waits for the devices of another can wait for ever.
-
-    Args:
-      count, index: how many processes there are, and the number of this one.
-
-    Attributes:
-      noticed: that another process has failed, as a sentence; or ''.
-      stop: (exit code, number of the program after which all stop), or None.
-    """
-
-    def __init__(self, count: int, index: int):
-        self.noticed, self.stop = "", None
-        self._client, self._index = _client(), index
-        self._others = [k for k in range(count) if k != index]
-        self._closed, self._all_know = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
-
-    def ask_to_stop(self, code: int, program: int) -> None:
-        """Tells all processes when to stop, and returns when they know; of several that ask, the first decides."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has asked
-            self._client.key_value_set("stop/0", f"{code} {program}")
-        self._all_know.wait()
-
-    def _watch(self):
-        heard = {k: ("", time.monotonic()) for k in self._others}
-        for beat in itertools.count():
-            unanswered = threading.Timer(SILENCE, exits.fail, [f"{_GONE.format('Process 0')}."])
-            unanswered.start()
-            try:
-                self._set("alive", str(beat))
-                alive, failed = self._get("alive"), self._get("failed")
-                self._hear_stop(alive)
-                self._pause()
-            except jax.errors.JaxRuntimeError:
-                alive, failed = {}, {0: _GONE.format("Process 0")}
-            unanswered.cancel()
-            if self._closed.is_set():
-                return
-            for k, (last, since) in heard.items():
-                now = alive.get(k, "")
-                if k in failed:
-                    self.noticed = failed[k] if not alive else f"Process {k}: {failed[k].rstrip('.')}"
-                elif now != last:
-                    heard[k] = now, time.monotonic()
-                elif now != "ended" and time.monotonic() - since > SILENCE:
-                    self.noticed = _GONE.format(f"Process {k}")
-            if self.noticed:
-                if self._index == 0:
-                    self._linger()
-                exits.fail(f"{self.noticed}.")
-
-    def _hear_stop(self, alive):
-        """Notes that the run shall stop, says so, and notes when all processes know."""
-        if not self.stop and (asked := self._get("stop")):
-            self.stop = tuple(map(int, asked[0].split()))
-            self._set("knows", "stop")
-        if self.stop and not self._all_know.is_set():
-            know = self._get("knows")
-            if all(k in know or alive.get(k) == "ended" for k in self._others):
-                self._all_know.set()
-
-    def _pause(self):
-        """Waits for a second, for news of a stop, or until process 0 is gone: JAX itself aborts only a moment later."""
-        milliseconds = 1000 if self._all_know.is_set() or not self.stop else 50
-        try:
-            self._client.blocking_key_value_get("nothing" if self.stop else "stop/0", milliseconds)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-
-    def _set(self, key, value):
-        self._client.key_value_set(f"{key}/{self._index}", value, allow_overwrite=True)
-
-    def _get(self, key):
-        """What the processes have set, by process."""
-        return {int(path.rpartition("/")[2]): value for path, value in self._client.key_value_dir_get(f"{key}/")}
-
-    def _linger(self):
-        """Gives the others time to read before exchanges with this process fail and the store ends with process 0."""
-        time.sleep(6 if self._index == 0 else 3)
-
-    def close(self, failure: str = "") -> None:
-        """Ends the watch; `failure` tells the others why this process cannot go on."""
-        if failure:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._set("failed", failure)
-                self._linger()
-        self._closed.set()
-        self._thread.join(SILENCE)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._set("alive", "ended")

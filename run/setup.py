@@ -141,6 +141,7 @@ def _open_workdir(run: Run) -> None:
 
     run.lock = workdirs.lock(run.workdir)
     workdirs.check(run.config, run.workdir)  # again: another run may have begun here since the first check
+    workdirs.check_classes(run.records, run.workdir)
     run.checkpoints = checkpoint.Checkpoints(run.workdir)
     if restored := run.checkpoints.restore_latest(run.shapes):
         run.state, run.known = restored

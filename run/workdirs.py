@@ -156,12 +156,8 @@ def write_config(config, workdir: pathlib.Path) -> None:
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 
-def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
-    """Writes dataset.npz, whole or not at all: what the network needs when the data set is gone.
-
-    Raises:
-      UserError: the run was begun on other classes, or the folder cannot be written.
-    """
+def check_classes(records: prepared.Records, workdir: pathlib.Path) -> None:
+    """Refuses a workdir whose run was begun on other classes, and names them; raises `UserError`."""
     begun = here = records.class_names
     with contextlib.suppress(UserError):  # it is missing, or damaged and replaced now
         begun = read_dataset(workdir).class_names
@@ -171,6 +167,10 @@ def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
             f"{workdir} was begun with other classes than {records.directory} has; take a new --workdir. "
             f"Only there: {shown(only_there)}; only here: {shown(only_here)}."
         )
+
+
+def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
+    """Writes dataset.npz, whole or not at all: what the network needs when the data set is gone."""
     with files.replacing(workdir / "dataset.npz") as partial, partial.open("wb") as file:
         arrays = {name: getattr(records, name) for name in statistics.SHAPES}
         directory = np.array(str(records.directory.resolve()))

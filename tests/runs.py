@@ -101,6 +101,10 @@ class Forked:
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 
+    def is_alive(self):
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
     def send_signal(self, number):
         """Sends a signal."""
         os.kill(self.pid, number)

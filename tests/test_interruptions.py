@@ -15,6 +15,7 @@ import input_pipeline
 import recipes
 import runs
 import train
+from common import exits
 
 STEPS = 30
 
@@ -83,7 +84,9 @@ def test_runs_killed_twenty_times_end_as_undisturbed_ones(folder, undisturbed):
     check_killed_runs(folder, undisturbed, seed=1, kills=20)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP"))]
+)
 def test_a_signal_saves_and_the_next_start_goes_on(folder, undisturbed, name):
     workdir = folder / name
     with runs.start(folder, workdir, f"--config.num_steps={STEPS}") as process:
@@ -91,13 +94,53 @@ def test_a_signal_saves_and_the_next_start_goes_on(folder, undisturbed, name):
         process.send_signal(signal.Signals[name])
         begun = time.monotonic()
         said = process.stdout.read()
-        assert process.wait(60) == {"SIGTERM": 143, "SIGINT": 130}[name], said
+        assert process.wait(60) == {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[name], said
         assert time.monotonic() - begun < 10
     step = int(said.rpartition(f"Stopped by {name}: step ")[2].split()[0])
     assert 7 <= step < STEPS, "the signal came too late"
     assert runs.checkpoints(workdir)[-1] == step
     assert f"Continuing after step {step}:" in runs.run(folder, workdir, f"--config.num_steps={STEPS}").stdout
     runs.assert_same(workdir, undisturbed[0], STEPS)
+
+
+def test_a_second_ctrl_c_on_the_way_out_is_not_heard(folder):
+    with runs.start(folder, folder / "impatient", f"--config.num_steps={STEPS}") as process:
+        runs.until(process, 7)
+        process.send_signal(signal.SIGINT)
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("Stopped by SIGINT"):
+                break
+        while process.is_alive():
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        said += process.stdout.read()
+    assert process.returncode == 130 and "Traceback" not in said and "Exception" not in said, said
+
+
+def test_a_run_outlives_the_reader_of_its_output(folder, undisturbed):
+    """Both streams go into one pipe, as to `2>&1 | head`, or to a connection that is lost."""
+    with runs.start(folder, folder / "unread", f"--config.num_steps={STEPS}") as process:
+        runs.until(process, 3)
+        process.stdout.close()
+        assert process.wait() == 0
+    runs.assert_same(folder / "unread", undisturbed[0], STEPS)
+
+
+def test_nohup_is_respected(folder):
+    """SIGHUP ignored from before stays ignored."""
+    signals = exits.StopSignal()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.code == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.code == 143
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def here(folder):

@@ -1,9 +1,13 @@
 """Several processes are one run: the same losses, one writer, one end. Here two, of two devices each, on this host."""
 
 import contextlib
+import itertools
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -76,7 +80,7 @@ def test_processes_end_and_go_on_together(folder, alone):
         assert f"Continuing after step {step}:" in said[0]
         assert "Done: 20 steps" in said[0] and "Done" not in said[1] and "step " not in said[1]
     assert_equal_metrics(workdir, alone)
-    assert len(list(workdir.glob("events.out.tfevents*"))) == 3, "one writer for each start"
+    assert len(list(workdir.glob("events.out.tfevents*.v2"))) == 3, "one writer for each start"
     assert runs.leftovers(workdir) == []
 
 
@@ -112,6 +116,59 @@ def test_a_process_that_cannot_begin_ends_both_with_its_sentence(folder):
     for words in said:
         assert "optimizer.learning_rate (0.01 in process 0, 0.3 in process 1)" in words
     assert not workdir.exists()
+
+
+def connections(port):
+    """The ends of established connections with a port of this host."""
+    tables = [pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+    rows = [line.split() for line in itertools.chain(*tables)]
+    return sum(state == "01" and f":{port:04X}" in (own[-5:], other[-5:]) for _, own, other, state, *_ in rows)
+
+
+WAITS = """
+import sys
+from run import processes
+processes.NOTICE, processes.PATIENCE = 1, 3
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_stays_alone_says_whom_it_waits_for_and_ends(number):
+    address = f"127.0.0.1:{runs.free_port()}"
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS, address, str(number)], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and time.monotonic() - begun < 30
+    assert f"Waiting for process {1 - number} at {address}." in done.stdout
+    assert f"Waited 3 s for process {1 - number} at {address}" in runs.sentence(done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_while_it_starts_ends_the_other_with_a_sentence(folder, tmp_path, victim, seconds):
+    """While it imports, prepares or compiles, so many seconds after the two have met, in processes that start anew."""
+    port = runs.free_port()
+    address = f"127.0.0.1:{port}"
+    commands = [
+        runs.command(
+            folder, tmp_path / "run", f"--coordinator_address={address}", "--num_processes=2", f"--process_id={number}"
+        )
+        for number in range(2)
+    ]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+    ]
+    while connections(port) < 4:  # both ends of those of both processes with the store in process 0
+        time.sleep(0.05)
+    time.sleep(seconds)
+    both[victim].kill()
+    said, _ = both[1 - victim].communicate(timeout=100)
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 2, said
+    assert "has ended or is out of reach; start all of them again" in runs.sentence(said)
 
 
 @pytest.mark.slow

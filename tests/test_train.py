@@ -1,20 +1,27 @@
 """Whole runs through main.py: exact resume, signals, what a workdir holds, and every refusal in one sentence."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 import data
+import evaluate
+import input_pipeline
+import predictor
 import recipes
 import runs
 import train
 from common import exits
 from common.errors import UserError
+from datasets import prepared
 from run import processes, setup, workdirs
 
 
@@ -51,6 +58,35 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list(workdir.glob("events.out.tfevents*"))
     for what in ("one tower on each of two devices", str(workdir / "checkpoints"), f"--logdir={workdir}"):
         assert what in said
+    assert "Ten views of 'test'" in said and "The checkpoint was chosen on the same images" in said
+    assert "top-5" not in said.partition("Done: ")[2], "of three classes"
+
+
+def test_the_errors_at_the_end_are_those_of_the_test_split(folder, whole):
+    """The same run, evaluated on one half of the split, and tested on the other: 1 − errors count whole images."""
+    workdir = folder / "tested"
+    said = runs.run(
+        folder,
+        workdir,
+        "--config.num_steps=10",
+        "--config.dataset.eval_split=test[:5]",
+        "--config.dataset.test_split=test[5:]",
+    ).stdout
+    assert "Ten views of 'test[5:]'" in said and "The checkpoint was chosen on eval_split='test[:5]'" in said
+    lines = runs.metrics(workdir)
+    assert [line["train/loss"] for line in lines if "train/loss" in line] == [
+        line["train/loss"] for line in runs.metrics(whole[0]) if "train/loss" in line
+    ]
+    # A split of 12 images; the best checkpoint may be another, so the errors need not add up to those of the whole.
+    (tested,), evaluated = ([line for line in lines if f"{at}/loss" in line] for at in ("test", "eval"))
+    assert tested["test/top1_error"] * 7 == pytest.approx(round(tested["test/top1_error"] * 7), abs=1e-5)
+    for line in evaluated:
+        assert line["eval/top1_error"] * 5 == pytest.approx(round(line["eval/top1_error"] * 5), abs=1e-5)
+    network = predictor.Predictor(workdir)
+    records = prepared.Records.open(network.records.directory)
+    batches = input_pipeline.eval_batches(records, "test[5:]", batch_size=network.batch_size)
+    again = evaluate.errors(network.totals(batches))
+    assert again["loss"] == pytest.approx(tested["test/loss"], rel=1e-4)
 
 
 def events(workdir):
@@ -152,6 +188,46 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(folder, whole):
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
 
 
+def test_checkpoints_of_another_config_are_refused_though_its_file_is_gone(folder, whole):
+    workdir = shutil.copytree(whole[0], folder / "without-config")
+    (workdir / "config.json").unlink()
+    done = runs.run(folder, workdir, "--config.num_steps=10", "--config.optimizer.momentum=0.5", expect=2)
+    assert "are of another config. Different: optimizer.momentum (0.9 in the checkpoint, 0.5 here)" in done.stderr
+    assert not (workdir / "config.json").exists()
+    runs.run(folder, workdir, "--config.num_steps=10")
+    assert (workdir / "config.json").exists()
+
+
+def test_a_run_that_is_done_has_nothing_left(folder, whole):
+    workdir = shutil.copytree(whole[0], folder / "done")
+    said = runs.run(folder, workdir, "--config.num_steps=4").stdout
+    assert "Nothing is left to train: 10 steps are done, of 4." in said and "Done: 10 steps" in said
+
+
+def here(folder):
+    """The config of a run within this process, on its four devices."""
+    config = recipes.narrow(num_classes=3)
+    config.batch_size = 8
+    config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
+    return config
+
+
+def test_ten_views_that_are_not_finite_are_refused(folder, tmp_path, monkeypatch):
+    """As a device that computes wrongly gives them. A line with them, of an earlier version, is measured again."""
+    with monkeypatch.context() as patched:
+        wrong = {"loss": float("nan"), "top1_error": 1.0, "top5_error": 1.0, "mean_class_accuracy": 0.0}
+        original, count = evaluate.run, itertools.count(1)
+        patched.setattr(evaluate, "run", lambda *a, **o: wrong if next(count) == 3 else original(*a, **o))
+        with pytest.raises(UserError, match=r"The evaluation loss of step \d+ is nan"):
+            train.train(here(folder), tmp_path)
+    lines = runs.metrics(tmp_path)
+    assert not [line for line in lines if "test/loss" in line]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "epoch": lines[-1]["epoch"], "test/loss": None, "test/step": 10}) + "\n")
+    assert train.train(here(folder), tmp_path) == 0
+    assert np.isfinite(runs.metrics(tmp_path)[-1]["test/loss"])
+
+
 @contextlib.contextmanager
 def trainer(config, workdir):
     with (
@@ -163,10 +239,7 @@ def trainer(config, workdir):
 
 def test_replicas_that_drift_apart_stop_the_run(folder, tmp_path):
     """One bit of one weight on one of four devices: noticed before it is saved."""
-    config = recipes.narrow(num_classes=3)
-    config.batch_size = 8
-    config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
-    with trainer(config, tmp_path) as at:
+    with trainer(here(folder), tmp_path) as at:
         at.advance(next(at.train_batches()))
         at.save()
         at.run.checkpoints.wait()
@@ -189,10 +262,7 @@ def test_replicas_that_drift_apart_stop_the_run(folder, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
-    config = recipes.narrow(num_classes=3)
-    config.batch_size = 8
-    config.dataset.update(name=str(folder / "photos"), data_dir=str(folder / "cache"), eval_split="test")
-    with trainer(config, tmp_path) as at:
+    with trainer(here(folder), tmp_path) as at:
         at.state.params["fc8"]["bias"] = at.state.params["fc8"]["bias"] * np.float32("nan")
         with pytest.raises(UserError, match="Parameters are not finite after step 0"):
             at.save()
@@ -249,6 +319,8 @@ def test_diverging_run_stops(folder):
         (["--config.input.crop=100"], "input.crop=100 must lie between 1 and input.resize=80"),
         (["--config.num_steps=-1"], "num_steps=-1"),
         (["--config.init_from=/nowhere/run"], "/nowhere/run is not the workdir of a run"),
+        (["--config.num_steps=1e4"], "num_steps=1e4 must be an integer"),
+        (["--config.model.lrn=no"], "model.lrn=no must be True or False"),
         (["--config.schedule.layers=(('conv9', ((1.0, 0.0),)),)"], "schedule.layers names 'conv9'"),
         (["surplus"], "'surplus' is no flag"),
     ],
@@ -259,6 +331,34 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path, arguments, says):
     assert len(errors) == 1 and says in errors[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists(), "something was written"
+
+
+def test_a_config_that_is_not_there_ends_in_one_sentence(tmp_path):
+    done = runs.run_main("--config=nowhere.py", f"--workdir={tmp_path / 'run'}", expect=2)
+    assert "--config=nowhere.py cannot be loaded" in runs.sentence(done.stderr)
+
+
+def test_init_from_a_run_without_checkpoints_names_it(folder, whole, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(whole[0] / "config.json", begun)
+    done = runs.run(folder, tmp_path / "run", f"--config.init_from={begun}", expect=2)
+    assert f"{begun} is not the folder of a run of main.py: it holds no checkpoints" in runs.sentence(done.stderr)
+
+
+def test_a_platform_that_is_not_there_ends_in_one_sentence(folder, tmp_path):
+    arguments = runs.command(folder, tmp_path / "run", devices=0)[2:]
+    done = runs.run_main(*arguments, env=os.environ | {"JAX_PLATFORMS": "cuda"}, cwd=tmp_path, expect=2)
+    assert "JAX_PLATFORMS=cuda: JAX cannot use it here" in runs.sentence(done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [("train", "main.py"), ("evaluate", "-m tools.evaluate"), ("predictor", "-m tools.predict")]
+)
+def test_files_that_are_no_commands_name_the_command(file, command):
+    done = subprocess.run([sys.executable, f"{file}.py", "--config=x"], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and f"`python {command} " in runs.sentence(done.stderr)
 
 
 def test_another_config_is_refused_and_named(folder, whole):
