@@ -31,7 +31,7 @@ from benchmarks import measure, step
 from common import host
 from common.errors import UserError, check_ranges, shortened
 from common.exits import fail
-from datasets import prepared
+from datasets import opening
 from run import metrics, schema
 
 INTERVALS = 5  # of a run, the one with the compilation among them
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     config = configured(arguments, overrides)
     schema.validate(config)
-    opened = prepared.open_records(config.dataset, config.input, warn=False)
+    opened = opening.open_records(config.dataset, config.input, warn=False)
     arguments.append(f"--config.model.num_classes={opened.num_classes}")
     config = configured(arguments, overrides)
 

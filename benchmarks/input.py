@@ -45,7 +45,7 @@ from benchmarks.photographs import measures, sample
 from common import host
 from common.errors import UserError, check_ranges
 from common.exits import fail
-from datasets import prepared
+from datasets import prepared, preparing
 
 CORES = host.cores()
 AHEAD = 4 + 2 * CORES  # batches; no loader here prepares more in advance
@@ -185,7 +185,7 @@ def prepare(photographs: pathlib.Path, images: int, config: Any) -> tuple[int, f
     """Prepares a folder of photographs, and removes the records; returns what `Timed` takes."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         size = config.input.resize
-        return clock(images, lambda: prepared.prepare(str(photographs), data_dir=folder, size=size))
+        return clock(images, lambda: preparing.prepare(str(photographs), data_dir=folder, size=size))
 
 
 class Photographs:
@@ -287,7 +287,7 @@ def run(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         place = hashlib.sha256(os.fsencode(photographs.resolve())).hexdigest()[:8]
         name = f"{photographs.resolve().name}-{place}-{images}" + (f"-{args.size}" if args.size else "")
         files = sample(photographs, folder / name, images, args.size)
-        directory = prepared.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
+        directory = preparing.prepare(str(folder / name), data_dir=str(folder), size=config.input.resize)
         opened = prepared.Records.open(directory)
 
         raw = Raw(opened, config, images)

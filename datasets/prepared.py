@@ -1,4 +1,4 @@
-"""A prepared set on disk: every source becomes, once, square images of one size in TFRecords that TFDS can load too.
+"""A prepared set on disk: the images of any source as squares of one size, in TFRecords that TFDS can load too.
 
 DATA_DIR/prepared/NAME-SIZE/1.0.0 holds what TFDS writes and
 
@@ -6,26 +6,21 @@ DATA_DIR/prepared/NAME-SIZE/1.0.0 holds what TFDS writes and
     prepared.json    what was prepared, from where, the files left out, and images that two splits share
     index.npz        where each record lies; see `datasets.tfrecords`
 
-A folder gets this name when everything in it is written. Importing this module does not import TensorFlow.
+`datasets.preparing` writes it, and this module reads it. Importing it does not import TensorFlow.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, check_ranges, nearest, shortened, shown
-from datasets import locks, overlaps, sources, statistics, tensorflow, tensorflow_datasets, tfrecords
-from datasets.conversion import Conversion
-from datasets.images import LOSSLESS_UP_TO
-from datasets.progress import progress, quiet
+from common.errors import UserError, nearest, shortened
+from datasets import overlaps, statistics, tensorflow_datasets, tfrecords
+from datasets.progress import quiet
 
 VERSION = "1.0.0"
 SIZES = (8, 4096)  # pixels a side
@@ -34,9 +29,6 @@ SIZES = (8, 4096)  # pixels a side
 def directory(data_dir: str | pathlib.Path, name: str, size: int) -> pathlib.Path:
     """The folder of a prepared set."""
     return pathlib.Path(data_dir) / "prepared" / f"{name}-{size}" / VERSION
-
-
-# Reading.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,161 +171,3 @@ def _features(directory: pathlib.Path) -> dict[str, Any]:
 
     content = json.loads((directory / "features.json").read_text(encoding="utf-8"), object_hook=known)
     return content["featuresDict"]["features"]
-
-
-# A config's `dataset` section.
-
-
-def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
-    """Opens the data set of a config, and prepares it on first use.
-
-    Args:
-      dataset: the config's `dataset` section.
-      options: its `input` section.
-      warn: whether to warn on stderr of images that are in both the training and the evaluation split.
-
-    Raises:
-      UserError: there is no such data set or split, or the set is damaged.
-    """
-    validate(dataset)
-    try:
-        found = prepare(
-            dataset.name,
-            data_dir=dataset.data_dir,
-            size=options.resize,
-            train_split=dataset.train_split.partition("[")[0],
-            allow_unreadable=dataset.allow_unreadable,
-            max_pixels=dataset.max_pixels,
-        )
-    except UserError as error:
-        fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
-        raise UserError(f"{', '.join(fields)}: {error}") from error
-    records = Records.open(found)
-    for field in ("train_split", "eval_split"):
-        try:
-            records.num_examples(dataset[field])
-        except UserError as error:
-            raise UserError(f"dataset.{field}: {error}") from error
-    if warn:
-        for sentence in overlaps.between(records, summary(found).overlaps, dataset.train_split, dataset.eval_split):
-            print(sentence, file=sys.stderr, flush=True)
-    return records
-
-
-def validate(dataset: Any) -> None:
-    """Refuses values of a config's `dataset` section that cannot work; raises `UserError`."""
-    check_ranges(dataset, {"allow_unreadable": (0, 1 << 40), "max_pixels": (1, 1 << 40)}, "dataset.")
-    for field in ("name", "data_dir", "train_split", "eval_split"):
-        if not dataset[field].strip() or "\0" in dataset[field]:
-            raise UserError(f"dataset.{field}={shown(dataset[field])} is empty, or holds a zero byte.")
-
-
-# Writing.
-
-
-def prepare(
-    dataset_name: str,
-    *,
-    data_dir: str,
-    manual_dir: str = "",
-    size: int = 256,
-    train_split: str = "train",
-    allow_unreadable: int = 0,
-    max_pixels: int = 100_000_000,
-) -> pathlib.Path:
-    """Prepares a data set, with a progress bar, unless that is done already; returns its folder.
-
-    Args:
-      dataset_name: a folder that holds SPLIT/CLASS/*.jpg, or the name of a TFDS builder, such as 'shapes'.
-      data_dir: TFDS keeps its sets here; the records go to data_dir/prepared/NAME-SIZE.
-      manual_dir: where archives lie that TFDS cannot download.
-      size: pixels a side of the records.
-      train_split: the split whose statistics are taken.
-      allow_unreadable: how many unreadable files may be left out.
-      max_pixels: larger images are not decoded, and count as unreadable.
-
-    Raises:
-      UserError: there is no such data set, more files than allowed are unreadable, the folder cannot be written, or it
-        has records of something else.
-    """
-    try:
-        if dataset_name.startswith("~"):
-            dataset_name = str(pathlib.Path(dataset_name).expanduser())
-        data_dir, manual_dir = (str(pathlib.Path(path).expanduser()) if path else "" for path in (data_dir, manual_dir))
-        data_dir.encode()  # TensorFlow's paths are UTF-8
-    except (RuntimeError, UnicodeError) as error:
-        raise UserError(f"{dataset_name}, {data_dir}: {error}") from None
-    name = sources.prepared_name(dataset_name)
-    final = directory(data_dir, name, size)
-    if not os.path.isdir(final):  # noqa: PTH112 -- a Path raises where it may not look
-        with locks.hold(pathlib.Path(data_dir) / "prepared" / f".{name}.lock"):
-            if not final.is_dir():  # another process may have prepared it meanwhile
-                source = sources.open_source(dataset_name, data_dir, manual_dir, train_split)
-                print(f"Preparing {source.total:,} images of {source.origin} in {final}, once.", flush=True)
-                if others := source.passed_over:
-                    suffixes = ", ".join(sorted(others))
-                    print(f"passed over: {sum(others.values()):,} files with other suffixes ({suffixes})")
-                _write(source, final, size, train_split, allow_unreadable, max_pixels)
-    found = summary(final)
-    if not sources.is_origin(found.origin, dataset_name) or found.train_split != train_split:
-        raise UserError(
-            f"{final.parent} was prepared from {found.origin} with the mean image of {found.train_split!r}, not from "
-            f"{dataset_name} with that of {train_split!r}; delete it, or rename one of the two data sets."
-        )
-    return final
-
-
-def _write(
-    source: sources.Source, final: pathlib.Path, size: int, train_split: str, allow_unreadable: int, max_pixels: int
-) -> None:
-    """Writes the records of a source into the folder `final`, whole or not at all; see `prepare`."""
-    tf, tfds = tensorflow(), tensorflow_datasets()
-    if train_split not in source.counts:
-        raise UserError(f"{source.origin} has no split {train_split!r}: {nearest(train_split, source.counts)}")
-    partial = final.parent.with_name(f".{final.parent.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # an interrupted preparation leaves one
-    features = {
-        "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg" if size > LOSSLESS_UP_TO else "png"),
-        "label": tfds.features.ClassLabel(names=list(source.class_names)),
-        "file_name": tfds.features.Text(),
-        "fingerprint": tfds.features.Scalar(np.int64),
-    }
-    try:
-        partial.mkdir(parents=True)
-        with progress(final.parent.name.rpartition("-")[0], source.total) as advance:
-            conversion = Conversion(source, size, train_split, max_pixels, advance)
-            builder = tfds.dataset_builders.AdhocBuilder(
-                name="records",  # a folder's name may have characters that TFDS does not take
-                version=VERSION,
-                description=f"{source.origin} as {size}×{size} images.",
-                features=tfds.features.FeaturesDict(features),
-                split_datasets={split: conversion.examples(split) for split in source.counts},
-                data_dir=partial,
-                file_format="tfrecord",
-            )
-            builder.download_and_prepare()
-        if (count := len(conversion.unreadable)) > allow_unreadable:
-            raise UserError(
-                f"{count} of {source.total} files cannot be read, {allow_unreadable} are allowed; remove them, or use "
-                f"--allow_unreadable={count} (--config.dataset.allow_unreadable in main.py):{conversion.listed()}"
-            )
-        written = pathlib.Path(builder.data_path)
-        conversion.statistics.save(written / "statistics.npz")
-        overlap, overlap_as = overlaps.find(source, conversion.hashes, train_split)
-        content = {
-            "origin": source.origin,
-            "size": size,
-            "train_split": train_split,
-            "examples": {split: info.num_examples for split, info in builder.info.splits.items()},
-            "unreadable": conversion.unreadable,
-            "overlap": overlap,
-            "overlap_as": overlap_as,
-        }
-        (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
-        Records.open(written)  # stores the index, and shows that the set can be read
-        shutil.rmtree(final.parent, ignore_errors=True)
-        written.parent.rename(final.parent)
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{final.parents[2]} cannot take the prepared records: {error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ import models
 import optimizer
 from common.errors import check_ranges, check_type, nearest, require, shown
 from configs import base
-from datasets import prepared
+from datasets import opening
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 
@@ -33,7 +33,7 @@ def validate(config) -> None:
         check_ranges(config[field], {"epochs": (0, 1e6), "steps": (0, optimizer.MAX_STEPS)}, f"{field}.")
     check_ranges(config.parallel, {"devices_per_network": (0, 2)}, "parallel.")
     input_pipeline.validate(config.input)
-    prepared.validate(config.dataset)
+    opening.validate(config.dataset)
     models.build(config.model, None, config.input.crop)
     optimizer.validate(config)
 

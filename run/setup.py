@@ -18,7 +18,7 @@ import optimizer
 import parallel
 import update
 from common.errors import UserError, shown
-from datasets import prepared
+from datasets import opening, prepared
 from run import processes, schema, workdirs
 
 
@@ -75,7 +75,7 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
         workdirs.check(config, workdir)
     shapes = state_shapes(config)
     check_memory(config, shapes, jax.process_count())
-    records = prepared.open_records(config.dataset, config.input, warn=is_first)
+    records = opening.open_records(config.dataset, config.input, warn=is_first)
     if records.num_classes != config.model.num_classes:
         raise UserError(
             f"model.num_classes={config.model.num_classes}, but {config.dataset.name} has {records.num_classes} "

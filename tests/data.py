@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from datasets import prepared
+from datasets import prepared, preparing
 
 LABELS = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent / "datasets/imagenet2012"
 
@@ -59,7 +59,7 @@ def make_folder(
 def prepare_folder(path: pathlib.Path, train: int, test: int, size: int) -> prepared.Records:
     """Prepares a folder of three classes, path/photos, in path/data, and opens it."""
     make_folder(path / "photos", {"train": train, "test": test}, classes=("a", "b", "c"), size=(100, 90))
-    return prepared.Records.open(prepared.prepare(str(path / "photos"), data_dir=str(path / "data"), size=size))
+    return prepared.Records.open(preparing.prepare(str(path / "photos"), data_dir=str(path / "data"), size=size))
 
 
 def stored(records: prepared.Records, split: str) -> dict[str, tuple[bytes, int]]:

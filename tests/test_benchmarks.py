@@ -20,7 +20,7 @@ import runs
 from benchmarks import end_to_end, input, layers, measure, start, step
 from common.errors import UserError
 from configs import alexnet as alexnet_recipe
-from datasets import prepared
+from datasets import prepared, preparing
 from models import alexnet
 
 CANDIDATES = {"records", "raw", "to_record", "prepare", "pil", "from_photographs"}
@@ -40,7 +40,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(photographs):
     cache = str(photographs.parent / "cache")
-    return prepared.Records.open(prepared.prepare(str(photographs), data_dir=cache, size=80))
+    return prepared.Records.open(preparing.prepare(str(photographs), data_dir=cache, size=80))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import predictor
 import reference
 import runs
 from common.errors import UserError
-from datasets import prepared, wordnet
+from datasets import prepared, preparing, wordnet
 from predictor import Predictor
 from run import setup, workdirs
 
@@ -306,7 +306,7 @@ def test_weights_that_are_not_numbers_are_refused(workdir, tmp_path):
 
 def test_another_data_set_of_the_same_name_is_refused(workdir, folder, network, tmp_path):
     data.make_folder(tmp_path / "photos", {"train": 12, "test": 6}, ("c", "b", "a"), size=(90, 85))
-    prepared.prepare(str(tmp_path / "photos"), data_dir=str(tmp_path), size=SIZE)
+    preparing.prepare(str(tmp_path / "photos"), data_dir=str(tmp_path), size=SIZE)
     with pytest.raises(UserError, match="is another data set than that of"):
         network.data(str(tmp_path))
 

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 from common import progress as bars
 from common.errors import UserError
-from datasets import images, locks, prepared, progress, shapes, sources
+from datasets import images, locks, prepared, preparing, progress, shapes, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def prepare(dataset, tmp_path, **options):
     """Prepares in tmp_path/data and opens."""
     return prepared.Records.open(
-        prepared.prepare(str(dataset), data_dir=str(tmp_path / "data"), **{"size": 32} | options)
+        preparing.prepare(str(dataset), data_dir=str(tmp_path / "data"), **{"size": 32} | options)
     )
 
 

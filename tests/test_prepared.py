@@ -15,7 +15,7 @@ import data
 import input_pipeline
 from common.errors import UserError
 from configs import alexnet
-from datasets import prepared, tfrecords
+from datasets import opening, prepared, preparing, tfrecords
 
 TRAIN, TEST = 23, 13
 
@@ -42,7 +42,7 @@ def config_of(path, **dataset):
 
 
 def open_records(config):
-    return prepared.open_records(config.dataset, config.input)
+    return opening.open_records(config.dataset, config.input)
 
 
 def read(records, split="train", batch_size=8):
@@ -325,7 +325,7 @@ def test_a_damaged_index_is_made_again(small, tmp_path, change):
 
 def test_opening_does_not_scan(tmp_path, monkeypatch):
     folder = data.make_folder(tmp_path / "photos", {"train": 5, "test": 2})
-    directory = prepared.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
+    directory = preparing.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
     monkeypatch.setattr(tfrecords, "scan", None)
     assert len(prepared.Records.open(directory).index("train+test")) == 7
 

@@ -16,7 +16,7 @@ import pytest
 
 import data
 from common.errors import UserError
-from datasets import prepared
+from datasets import prepared, preparing
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_a_pickle_in_a_prepared_set_is_refused_and_not_run(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 2}, size=40)
-    directory = prepared.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
+    directory = preparing.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
     arrays = dict(np.load(directory / "statistics.npz"))
 
     class Evil:
@@ -44,7 +44,7 @@ def test_a_pickle_in_a_prepared_set_is_refused_and_not_run(tmp_path):
 
 def test_a_prepared_set_does_not_name_modules_to_import(tmp_path, monkeypatch):
     folder = data.make_folder(tmp_path / "photos", {"train": 2}, size=40)
-    directory = prepared.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
+    directory = preparing.prepare(str(folder), data_dir=str(tmp_path / "data"), size=32)
     (tmp_path / "stranger.py").write_text(f"import os; os.mkdir({str(tmp_path / 'evil')!r})")
     monkeypatch.syspath_prepend(tmp_path)
     original = (directory / "features.json").read_text()
@@ -91,7 +91,7 @@ def test_archives_write_nothing_beside_the_data(tmp_path):
         data.add(archive, "../../../evil.JPEG", image)
 
     before = tree(tmp_path)
-    directory = prepared.prepare("imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32)
+    directory = preparing.prepare("imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32)
     after = {name: time for name, time in tree(tmp_path).items() if not f"{name}/".startswith("home/data/")}
     assert after | {"home": 0} == before | {"home": 0}, "but that it holds the data, the folder above has not changed"
     assert not pathlib.Path("/evil.tar").exists()
@@ -110,11 +110,11 @@ def heard(event, arguments):
     if event.startswith(("socket.getaddrinfo", "socket.gethostby", "urllib.")):
         print("network:", event, arguments, file=sys.stderr)
 sys.addaudithook(heard)
-from datasets import prepared, shapes
+from datasets import preparing, shapes
 shapes.Shapes.EXAMPLES = {"train": 20, "test": 10}
 data_dir, manual_dir = (argument.partition("=")[2] for argument in sys.argv[2:4])
 for name in ("shapes", "imagenet2012"):
-    prepared.prepare(name, data_dir=data_dir, manual_dir=manual_dir, size=32)
+    preparing.prepare(name, data_dir=data_dir, manual_dir=manual_dir, size=32)
 runpy.run_module("tools.prepare", run_name="__main__")
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import data
 import datasets
 from common.errors import UserError
-from datasets import prepared, progress, sources
+from datasets import prepared, preparing, progress, sources
 
 
 def contents(file):
@@ -130,7 +130,7 @@ def test_a_further_data_set_is_one_module_and_its_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
     monkeypatch.setattr(datasets, "BUILDERS", (*datasets.BUILDERS, "miniature"))
     datasets.tensorflow_datasets.cache_clear()
-    opened = prepared.Records.open(prepared.prepare("miniature", data_dir=str(tmp_path / "data"), size=20))
+    opened = prepared.Records.open(preparing.prepare("miniature", data_dir=str(tmp_path / "data"), size=20))
     assert opened.class_names == ("a", "b")
     found = {data.decoded(image).mean(): label for image, label in data.stored(opened, "train").values()}
     assert found == {40 * i: i % 2 for i in range(6)}

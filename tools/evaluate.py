@@ -27,7 +27,7 @@ import predictor
 from common import cli, exits, files
 from common.errors import UserError, nearest, require, shown
 from common.progress import progress
-from datasets import prepared, sources
+from datasets import prepared, preparing, sources
 from drawing import canvas, plots
 from predictor import Predictor
 from run import workdirs
@@ -162,7 +162,7 @@ def _other_records(network: Predictor, name: str, split: str) -> prepared.Record
         # Some sets for evaluation have no training split.
         train = network.config.dataset.train_split.partition("[")[0]
         known = sources.open_source(name, data_dir).counts
-        directory = prepared.prepare(
+        directory = preparing.prepare(
             name, data_dir=data_dir, size=network.size, train_split=train if train in known else split.partition("[")[0]
         )
     records = prepared.Records.open(directory)

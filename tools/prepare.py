@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 
 from common import cli
-from datasets import prepared
+from datasets import prepared, preparing
 
 DATASET = flags.DEFINE_string("dataset", None, "A folder with SPLIT/CLASS/*.jpg, a TFDS name, or 'shapes'.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where TFDS keeps its sets, and where prepared/ goes.")
@@ -23,7 +23,7 @@ flags.mark_flag_as_required("dataset")
 
 def main(_) -> None:
     """Prepares the set unless that is done already, and prints what it holds."""
-    directory = prepared.prepare(
+    directory = preparing.prepare(
         DATASET.value,
         data_dir=DATA_DIR.value,
         manual_dir=MANUAL_DIR.value,

@@ -1,0 +1,52 @@
+"""A config's `dataset` section: checked, prepared on first use, and opened."""
+
+import sys
+from typing import Any
+
+from common.errors import UserError, check_ranges, shown
+from datasets import overlaps, preparing
+from datasets.prepared import Records, summary
+
+
+def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
+    """Opens the data set of a config, and prepares it on first use.
+
+    Args:
+      dataset: the config's `dataset` section.
+      options: its `input` section.
+      warn: whether to warn on stderr of images that are in both the training and the evaluation split.
+
+    Raises:
+      UserError: there is no such data set or split, or the set is damaged.
+    """
+    validate(dataset)
+    try:
+        found = preparing.prepare(
+            dataset.name,
+            data_dir=dataset.data_dir,
+            size=options.resize,
+            train_split=dataset.train_split.partition("[")[0],
+            allow_unreadable=dataset.allow_unreadable,
+            max_pixels=dataset.max_pixels,
+        )
+    except UserError as error:
+        fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
+        raise UserError(f"{', '.join(fields)}: {error}") from error
+    records = Records.open(found)
+    for field in ("train_split", "eval_split"):
+        try:
+            records.num_examples(dataset[field])
+        except UserError as error:
+            raise UserError(f"dataset.{field}: {error}") from error
+    if warn:
+        for sentence in overlaps.between(records, summary(found).overlaps, dataset.train_split, dataset.eval_split):
+            print(sentence, file=sys.stderr, flush=True)
+    return records
+
+
+def validate(dataset: Any) -> None:
+    """Refuses values of a config's `dataset` section that cannot work; raises `UserError`."""
+    check_ranges(dataset, {"allow_unreadable": (0, 1 << 40), "max_pixels": (1, 1 << 40)}, "dataset.")
+    for field in ("name", "data_dir", "train_split", "eval_split"):
+        if not dataset[field].strip() or "\0" in dataset[field]:
+            raise UserError(f"dataset.{field}={shown(dataset[field])} is empty, or holds a zero byte.")
