@@ -220,29 +220,15 @@ def _batches(
     settings.threading.private_threadpool_size = threads
     read = tf.data.Dataset.from_generator(chunks, output_signature=signature)
     # Parsed a batch at a time, because each call of an operation costs microseconds.
-    parse = functools.partial(_parse, num_classes=records.num_classes)
+    parse = functools.partial(tfrecords.parse, num_classes=records.num_classes)
     examples = read.map(lambda data, *rest: (*parse(data), *rest)).prefetch(2).unbatch()
     batches = examples.map(view, num_parallel_calls=threads).batch(rows, drop_remainder=True)
     try:
         yield from batches.with_options(settings).prefetch(2).as_numpy_iterator()
     except damaged as error:
-        cure = prepared.cure(records.directory)
-        raise UserError(f"A record of {records.directory} is damaged; {cure}") from error
+        raise records.damaged() from error
     except unreadable as error:
         raise UserError(f"The records of {records.directory} cannot be read: {shortened(error.message)}.") from error
-
-
-def _parse(serialized, num_classes: int):
-    """(encoded images, labels) of serialised examples. A damaged example gets an image that cannot be decoded."""
-    tf = tensorflow()
-    number = functools.partial(tf.io.FixedLenFeature, [], tf.int64)
-    # Sets of earlier versions have no fingerprints.
-    features = {"image": tf.io.FixedLenFeature([], tf.string), "label": number(), "fingerprint": number(-1)}
-    example = tf.io.parse_example(serialized, features)
-    image, label, expected = example["image"], example["label"], example["fingerprint"]
-    sound = (expected < 0) | (expected == tfrecords.fingerprint(label, image))
-    sound &= (label >= 0) & (label < num_classes)
-    return tf.where(sound, image, ""), tf.cast(label, tf.int32)
 
 
 def _decode(encoded, size: int, window=None):

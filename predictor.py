@@ -28,7 +28,7 @@ import models
 import update
 from common import exits
 from common.errors import UserError, check_name, require, shown
-from datasets import conversion, images, prepared, sources, wordnet
+from datasets import conversion, images, parts, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable, start_devices
 from run import setup, workdirs
 from views import VIEWS, center, to_input
@@ -171,17 +171,28 @@ class Predictor:
         for directory in found:
             if directory.is_dir():
                 records = prepared.Records.open(directory)
-                # A set that is prepared again, with another Pillow perhaps, differs in a fraction of a level.
-                same = records.class_names == self.records.class_names
-                same = same and np.abs(records.mean_image - self.records.mean_image).max() < 1
                 require(
-                    same, f"{directory} is another data set than that of {self.workdir}: name the right --data_dir."
+                    records.class_names == self.records.class_names and self._has_mean_of(records),
+                    f"{directory} is another data set than that of {self.workdir}: name the right --data_dir.",
                 )
                 return records
         raise UserError(
             f"The records of {dataset.name}, on which {self.workdir} was trained, are not in "
             f"{' or '.join(str(path.parent) for path in found)}; name the folder that holds prepared/ with --data_dir."
         )
+
+    def _has_mean_of(self, records: prepared.Records) -> bool:
+        """Whether the run's mean image is that of its training split in `records`.
+
+        A set that is prepared again, with another Pillow perhaps, differs in a fraction of a level. Runs of earlier
+        versions have the mean of the whole split.
+        """
+
+        def close(found):
+            return np.abs(found.mean_image - self.records.mean_image).max() < 1
+
+        split = self.config.dataset.train_split
+        return close(records) or close(parts.of_part(records, split, sources.split_names(split)[0]))
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:

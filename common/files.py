@@ -2,7 +2,10 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from common.errors import UserError
 
@@ -23,6 +26,21 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def store_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Stores arrays that can be computed again, with `np.savez`; not at all in a folder that cannot be written.
+
+    Several processes may do so at once.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def check(path: pathlib.Path) -> pathlib.Path:

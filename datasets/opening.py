@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from common.errors import UserError, check_ranges, shown
-from datasets import overlaps, preparing
+from datasets import overlaps, parts, preparing, sources
 from datasets.prepared import Records, summary
 
 
@@ -25,23 +25,23 @@ def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
             dataset.name,
             data_dir=dataset.data_dir,
             size=options.resize,
-            train_split=dataset.train_split.partition("[")[0],
+            train_split=sources.split_names(dataset.train_split)[0],
             allow_unreadable=dataset.allow_unreadable,
             max_pixels=dataset.max_pixels,
         )
     except UserError as error:
         fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
         raise UserError(f"{', '.join(fields)}: {error}") from error
-    records = Records.open(found)
+    records, known = Records.open(found), summary(found)
     for field in ("train_split", "eval_split"):
         try:
             records.num_examples(dataset[field])
         except UserError as error:
             raise UserError(f"dataset.{field}: {error}") from error
     if warn:
-        for sentence in overlaps.between(records, summary(found).overlaps, dataset.train_split, dataset.eval_split):
+        for sentence in overlaps.between(records, known.overlaps, dataset.train_split, dataset.eval_split):
             print(sentence, file=sys.stderr, flush=True)
-    return records
+    return parts.of_part(records, dataset.train_split, known.train_split)
 
 
 def validate(dataset: Any) -> None:

@@ -5,6 +5,7 @@ DATA_DIR/prepared/NAME-SIZE/1.0.0 holds what TFDS writes and
     statistics.npz   of the training split: mean_image (S, S, 3), principal_std (3,), principal_components (3, 3)
     prepared.json    what was prepared, from where, the files left out, and images that two splits share
     index.npz        where each record lies; see `datasets.tfrecords`
+    statistics-….npz of a part of the training split, once a run has asked for it; see `datasets.parts`
 
 `datasets.preparing` writes it, and this module reads it. Importing it does not import TensorFlow.
 """
@@ -99,6 +100,10 @@ class Records:
     def index(self, split: str) -> tfrecords.Index:
         """Where the records of a split lie; raises `UserError` if there is no such split, or nothing in it."""
         return tfrecords.Index(self.places.files, self.places.rows[self.numbers(split)])
+
+    def damaged(self) -> UserError:
+        """What to raise for a record that cannot be decoded."""
+        return UserError(f"A record of {self.directory} is damaged; {cure(self.directory)}")
 
     def _split(self, split: str):
         try:

@@ -102,7 +102,7 @@ def _write(
                 f"--allow_unreadable={count} (--config.dataset.allow_unreadable in main.py):{conversion.listed()}"
             )
         written = pathlib.Path(builder.data_path)
-        conversion.statistics.save(written / "statistics.npz")
+        np.savez(written / "statistics.npz", **conversion.statistics.arrays())
         overlap, overlap_as = overlaps.find(source, conversion.hashes, train_split)
         content = {
             "origin": source.origin,

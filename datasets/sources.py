@@ -76,6 +76,11 @@ def prepared_name(name: str) -> str:
     return found
 
 
+def split_names(split: str) -> list[str]:
+    """The splits that are in `split`, in TFDS's notation: ['train', 'test'] for 'train[:90%]+test'."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
 def is_origin(origin: str, name: str) -> bool:
     """Whether a prepared set of this `Source.origin` was made from the data set `name`. A folder may be gone by now."""
     if is_folder(name):

@@ -34,8 +34,8 @@ class Statistics:
         self.image_sum += pixels
         self.outer_sum += outer
 
-    def save(self, path: pathlib.Path) -> None:
-        """Stores the mean image and the principal components (paper, section 4.1) as `load` returns them."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The mean image and the principal components (paper, section 4.1), as `load` returns them."""
         mean_image = self.image_sum / self.count
         mean = mean_image.mean((0, 1))
         covariance = self.outer_sum / (self.count * mean_image[..., 0].size) - np.outer(mean, mean)
@@ -45,11 +45,11 @@ class Statistics:
             "principal_std": np.sqrt(np.maximum(variances[::-1], 0)),
             "principal_components": vectors.T[::-1],
         }
-        np.savez(path, **{name: array.astype(np.float32) for name, array in arrays.items()})
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def load(path: pathlib.Path, size: int) -> dict[str, np.ndarray]:
-    """Reads what `Statistics.save` stored of images of side `size`, in float32.
+    """Reads stored `Statistics.arrays` of images of side `size`, in float32.
 
     Returns:
       mean_image (S, S, 3), RGB in 0–255; principal_std (3,), the standard deviation along each component, largest

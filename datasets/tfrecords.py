@@ -5,15 +5,15 @@ every record lies, so they are stored beside the files in index.npz, as one int6
 the files instead costs one small read a record, at every start: minutes for ImageNet if the files are not cached.
 """
 
-import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
-import secrets
 from collections.abc import Mapping
 
 import numpy as np
 
+from common import files
 from datasets import tensorflow
 
 NAME = "index.npz"
@@ -49,7 +49,7 @@ class Index:
         except Exception:  # NumPy raises anything; a missing or damaged index costs a scan, and no more
             lengths = {file: scan(file) for file in counts}
         rows = _rows(counts, lengths)
-        _store(stored, lengths)
+        files.store_arrays(stored, {file.name: array for file, array in lengths.items()})
         return cls(tuple(counts), rows)
 
     def __len__(self) -> int:
@@ -106,18 +106,6 @@ def scan(file: pathlib.Path) -> np.ndarray:
     return np.array(lengths, np.int64)
 
 
-def _store(path: pathlib.Path, lengths: Mapping[pathlib.Path, np.ndarray]) -> None:
-    """Writes the index whole or, in a folder that cannot be written, not at all."""
-    partial = path.with_name(f".{NAME}.{secrets.token_hex(4)}")
-    with contextlib.suppress(OSError):
-        try:
-            with partial.open("wb") as opened:
-                np.savez(opened, **{file.name: array for file, array in lengths.items()})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
 def fingerprint(label, record):
     """A hash of a record and its label that tells damage: tensors, or an int and bytes, to an int64 tensor.
 
@@ -126,3 +114,19 @@ def fingerprint(label, record):
     """
     tf = tensorflow()
     return tf.strings.to_hash_bucket_fast(tf.strings.join([tf.strings.as_string(label), ":", record]), 1 << 62)
+
+
+def parse(serialized, num_classes: int):
+    """Encoded images and labels of serialised examples: (N,) strings to (N,) strings and (N,) int32 tensors.
+
+    The image of a damaged example is empty, which cannot be decoded.
+    """
+    tf = tensorflow()
+    number = functools.partial(tf.io.FixedLenFeature, [], tf.int64)
+    # Sets of earlier versions have no fingerprints.
+    features = {"image": tf.io.FixedLenFeature([], tf.string), "label": number(), "fingerprint": number(-1)}
+    example = tf.io.parse_example(serialized, features)
+    image, label, expected = example["image"], example["label"], example["fingerprint"]
+    sound = (expected < 0) | (expected == fingerprint(label, image))
+    sound &= (label >= 0) & (label < num_classes)
+    return tf.where(sound, image, ""), tf.cast(label, tf.int32)

@@ -311,6 +311,20 @@ def test_another_data_set_of_the_same_name_is_refused(workdir, folder, network, 
         network.data(str(tmp_path))
 
 
+def test_a_run_on_a_part_knows_its_data_set_again(folder, tmp_path):
+    """Its mean image is that of four photographs, and the records have that of thirty."""
+    train = "--config.dataset.train_split=train[:4]"
+    runs.run(folder, tmp_path / "run", train, "--config.num_steps=1", cache="part")
+    network = Predictor(tmp_path / "run")
+    opened = network.data()
+    assert np.abs(opened.mean_image - network.records.mean_image).max() > 1
+    np.testing.assert_allclose(network.records.mean_image, _mean(opened, "train[:4]"), rtol=1e-6)
+
+
+def _mean(records, split):
+    return np.mean([data.decoded(image) for image, _ in data.stored(records, split).values()], axis=0)
+
+
 # Words.
 
 

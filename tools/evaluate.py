@@ -160,10 +160,13 @@ def _other_records(network: Predictor, name: str, split: str) -> prepared.Record
     directory = prepared.directory(data_dir, sources.prepared_name(name), network.size)
     if not directory.is_dir():
         # Some sets for evaluation have no training split.
-        train = network.config.dataset.train_split.partition("[")[0]
+        train = sources.split_names(network.config.dataset.train_split)[0]
         known = sources.open_source(name, data_dir).counts
         directory = preparing.prepare(
-            name, data_dir=data_dir, size=network.size, train_split=train if train in known else split.partition("[")[0]
+            name,
+            data_dir=data_dir,
+            size=network.size,
+            train_split=train if train in known else sources.split_names(split)[0],
         )
     records = prepared.Records.open(directory)
     require(records.class_names == network.records.class_names, f"{name} has other classes than {network.workdir}.")

@@ -201,7 +201,7 @@ def _photographs(network: Predictor, records: prepared.Records) -> Iterator[tupl
         "layers",
         Drawing("Layers of an image", caption, plots.layers(squares[0], values, network.config.model.towers)),
     )
-    rows = augmented(squares[0], records, network.config.input)
+    rows = augmented(squares[0], network.records, network.config.input)
     if rows:
         shown = "; ".join(rows)
         caption = f"Views of an image as training draws them (section 4.1): {shown}."
