@@ -1,5 +1,6 @@
 """A config's `dataset` section: checked, prepared on first use, and opened."""
 
+import itertools
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
     Args:
       dataset: the config's `dataset` section.
       options: its `input` section.
-      warn: whether to warn on stderr of images that are in both the training and the evaluation split.
+      warn: whether to warn on stderr of images that are both in the training split and in one that is evaluated.
 
     Raises:
       UserError: there is no such data set or split, or the set is damaged.
@@ -33,13 +34,15 @@ def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
         fields = (f"dataset.{field}={shown(dataset[field])}" for field in ("name", "data_dir", "train_split"))
         raise UserError(f"{', '.join(fields)}: {error}") from error
     records, known = Records.open(found), summary(found)
-    for field in ("train_split", "eval_split"):
+    for field, split in _splits(dataset).items():
         try:
-            records.num_examples(dataset[field])
+            records.num_examples(split)
         except UserError as error:
             raise UserError(f"dataset.{field}: {error}") from error
     if warn:
-        for sentence in overlaps.between(records, known.overlaps, dataset.train_split, dataset.eval_split):
+        train, *evaluated = _splits(dataset).items()
+        sentences = (overlaps.between(records, known.overlaps, train[1], *each) for each in evaluated)
+        for sentence in dict.fromkeys(itertools.chain.from_iterable(sentences)):
             print(sentence, file=sys.stderr, flush=True)
     return parts.of_part(records, dataset.train_split, known.train_split)
 
@@ -47,6 +50,12 @@ def open_records(dataset: Any, options: Any, warn: bool = True) -> Records:
 def validate(dataset: Any) -> None:
     """Refuses values of a config's `dataset` section that cannot work; raises `UserError`."""
     check_ranges(dataset, {"allow_unreadable": (0, 1 << 40), "max_pixels": (1, 1 << 40)}, "dataset.")
-    for field in ("name", "data_dir", "train_split", "eval_split"):
-        if not dataset[field].strip() or "\0" in dataset[field]:
-            raise UserError(f"dataset.{field}={shown(dataset[field])} is empty, or holds a zero byte.")
+    for field, value in {"name": dataset.name, "data_dir": dataset.data_dir, **_splits(dataset)}.items():
+        if not value.strip() or "\0" in value:
+            raise UserError(f"dataset.{field}={shown(value)} is empty, or holds a zero byte.")
+
+
+def _splits(dataset: Any) -> dict[str, str]:
+    """The splits that a config uses, by field, the training split first."""
+    test = {} if dataset.test_split in ("", dataset.eval_split) else {"test_split": dataset.test_split}
+    return {"train_split": dataset.train_split, "eval_split": dataset.eval_split, **test}

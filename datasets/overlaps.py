@@ -67,17 +67,21 @@ def sentence(count: int, split: str, train: str) -> str:
     return f"warning: {count:,} images of {split} are also in {train}: errors measured on it will look too low."
 
 
-def between(records: Any, known: Mapping[tuple[str, str], str], train_split: str, eval_split: str) -> Iterator[str]:
+def between(
+    records: Any, known: Mapping[tuple[str, str], str], train_split: str, field: str, evaluated: str
+) -> Iterator[str]:
     """Warnings of images that are in both splits, as the same record or as a copy.
 
     Args:
       records: a `prepared.Records`.
       known: its `sentences`.
-      train_split, eval_split: splits or parts of them.
+      train_split: a split, or a part of one.
+      field: 'eval_split' or 'test_split'.
+      evaluated: the split, or part of one, that the field names.
     """
-    train, evaluation = records.numbers(train_split), records.numbers(eval_split)
+    train, evaluation = records.numbers(train_split), records.numbers(evaluated)
     if shared := len(np.intersect1d(train, evaluation)):
-        yield sentence(shared, f"eval_split={eval_split!r}", f"train_split={train_split!r}")
+        yield sentence(shared, f"{field}={evaluated!r}", f"train_split={train_split!r}")
     for (split, trained), warning in known.items():
         if np.isin(records.numbers(split), evaluation).any() and np.isin(records.numbers(trained), train).any():
             yield warning

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, nearest, shortened
-from datasets import overlaps, statistics, tensorflow_datasets, tfrecords
+from common.errors import UserError, shortened
+from datasets import overlaps, sources, statistics, tensorflow_datasets, tfrecords
 from datasets.progress import quiet
 
 VERSION = "1.0.0"
@@ -106,15 +106,23 @@ class Records:
         return UserError(f"A record of {self.directory} is damaged; {cure(self.directory)}")
 
     def _split(self, split: str):
-        try:
-            found = self.splits[split]
-        except (KeyError, ValueError) as error:
-            name = split.partition("[")[0]
-            reason = str(error) if name in self.splits else nearest(name, self.splits)
-            raise UserError(f"{self.directory.parent.name} has no split {split!r}: {reason}") from None
-        if not found.num_examples:
-            raise UserError(f"The split {split!r} of {self.directory.parent.name} is empty.")
-        return found
+        return find_split(self.splits, split, self.directory.parent.name)
+
+
+def find_split(splits: Any, split: str, origin: str) -> Any:
+    """What TFDS knows of a split, or of parts in its notation; `splits` are those of `origin`.
+
+    Raises:
+      UserError: there is no such split, the notation is wrong, or nothing is in it.
+    """
+    sources.check_split(split, splits, origin)
+    try:
+        found = splits[split]
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{origin} has no split {split!r}: {error}") from None
+    if not found.num_examples:
+        raise UserError(f"The split {split!r} of {origin} is empty.")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import socket
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 from common.errors import UserError, nearest, shown
@@ -79,6 +79,13 @@ def prepared_name(name: str) -> str:
 def split_names(split: str) -> list[str]:
     """The splits that are in `split`, in TFDS's notation: ['train', 'test'] for 'train[:90%]+test'."""
     return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def check_split(split: str, known: Iterable[str], origin: str) -> None:
+    """Refuses what takes parts of splits that are not `known`, the splits of `origin`; raises `UserError`."""
+    for name in split_names(split):
+        if name not in (*known, "all"):  # TFDS takes 'all' for all together
+            raise UserError(f"{origin} has no split {name!r}: {nearest(name, known)}")
 
 
 def is_origin(origin: str, name: str) -> bool:

@@ -65,7 +65,7 @@ def test_an_unknown_split_names_the_nearest(small):
         small.num_examples("tests")
     with pytest.raises(UserError, match=r"did you mean test\?"):
         small.index("tset[:50%]")
-    for nonsense in ("train[", "train[:x]", "train[2:2]", ""):
+    for nonsense in ("train[", "train[:x]", "train[2:2]", "", "all[:5]", "train[:200%]", "train++test"):
         with pytest.raises(UserError):
             small.num_examples(nonsense)
 
@@ -88,6 +88,13 @@ def test_opening_checks_both_splits(small):
         open_records(config)
     config.dataset.eval_split, config.dataset.train_split = "test", "train[:50%]"
     assert open_records(config).image_size == 32
+
+
+@pytest.mark.parametrize("field", ["train_split", "eval_split", "test_split"])
+def test_the_field_of_an_unknown_split_is_named(small, field):
+    config = config_of(small.directory.parents[3], **{field: "train[:50%]+tests"})
+    with pytest.raises(UserError, match=rf"dataset\.{field}.* has no split 'tests': did you mean test\?"):
+        open_records(config)
 
 
 # Images of two splits.
@@ -133,6 +140,27 @@ def test_copies_of_training_images_are_told_to_those_who_use_both_splits(tmp_pat
         config = config_of(tmp_path, eval_split=eval_split)
         open_records(config)
         assert capsys.readouterr().err == said, eval_split
+
+
+def test_the_test_split_is_compared_with_the_training_split_too(small, tmp_path, capsys):
+    def said(**splits):
+        open_records(config_of(small.directory.parents[3], **splits))
+        return capsys.readouterr().err.splitlines()
+
+    assert said(train_split="train[:18]", eval_split="train[18:]", test_split="test") == []
+    (line,) = said(train_split="train[:18]", eval_split="test", test_split="train[15:]")
+    assert line.startswith("warning: 3 images of test_split='train[15:]' are also in train_split='train[:18]'")
+    first, second = said(eval_split="train[:4]", test_split="train[:5]")
+    assert "4 images of eval_split='train[:4]'" in first and "5 images of test_split='train[:5]'" in second
+    for test_split in ("", "train[:4]"):
+        assert said(eval_split="train[:4]", test_split=test_split) == [first]
+
+
+def test_a_copy_in_two_evaluated_splits_is_told_once(tmp_path, capsys):
+    folder = data.make_folder(tmp_path / "photos", {"train": 4, "test": 3}, size=40)
+    shutil.copy(folder / "train/a/0002.jpg", folder / "test/b/copy.jpg")
+    open_records(config_of(tmp_path, eval_split="test[:100%]", test_split="test"))
+    assert capsys.readouterr().err.count("warning: 1 images of 'test' are also in 'train'") == 1
 
 
 # Damage.
