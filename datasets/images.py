@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +14,9 @@ from datasets.progress import printable
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows more, and runs Ghostscript for some
 LOSSLESS_UP_TO = 64  # pixels a side; JPEG would visibly change images as small as CIFAR's
 JPEG_QUALITY = 95
+
+MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan there are only 00 and D0 … D7
+LOOK_AHEAD = 16  # bytes; libjpeg fills a register of 8
 
 # `to_record` checks sizes before decoding, against a limit that is a config field.
 Image.MAX_IMAGE_PIXELS = None
@@ -67,6 +71,26 @@ def is_image(data: bytes) -> bool:
         return False
 
 
+def _open_ended(data: bytes) -> bytes:
+    """A JPEG of one scan without its end marker; other files as they are.
+
+    At that marker libjpeg makes all pixels grey that are still to come. Without it, and with a few bytes to look ahead
+    at, a complete scan gives the same pixels. In one that lacks more than a few blocks, Pillow misses data. The scans
+    of a progressive JPEG need the marker; `to_square` relies on it that each block of 8×8 pixels takes a bit or more.
+    """
+    at, components = 2, 0
+    while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and len(data) > at + 9:
+        kind, after = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind in (0xC0, 0xC1):  # the frame of a sequential JPEG
+            components = data[at + 9]
+        if kind == 0xDA:  # a scan
+            marker = MARKER.search(data, after)
+            whole = data[at + 4] == components and marker and marker.group().endswith(b"\xd9")
+            return data[: marker.start()] + bytes(LOOK_AHEAD) if whole else data
+        at = after
+    return data
+
+
 def square_of(image: Image.Image, size: int) -> Image.Image:
     """Makes a size×size RGB image of any Pillow image (paper, section 2).
 
@@ -95,10 +119,12 @@ def to_square(data: bytes, size: int, max_pixels: int, decoding: Budget | None =
     if not data:
         raise Unreadable("the file is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(_open_ended(data)), formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
                 raise Unreadable(f"it declares {image.width}×{image.height} pixels, above the limit of {max_pixels:,}")
+            if image.format in ("JPEG", "MPO") and 8 * len(data) < pixels // 64:
+                raise Unreadable(f"it declares {image.width}×{image.height} pixels, and its data end long before")
             progressive = "progressive" in image.info  # slow to decode; not even a crop is cheaper
             ready = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size) and not progressive
             # Encoding again would only lose detail, unless most of the file is something else.
@@ -147,12 +173,10 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more; Pillow's own conversion clips instead of scaling
         pixels = np.asarray(image).ravel()
-        # 32-bit modes do not declare their range; their values must tell it.
-        top = 65535 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255
+        top = 65535 if image.mode.startswith("I;16") else _top(pixels)
         grey = np.empty(pixels.shape, np.uint8)
         for part in range(0, len(pixels), 1 << 20):  # in one piece it would take 16 bytes a pixel
-            scaled = pixels[part : part + (1 << 20)] * (255 / top)
-            grey[part : part + (1 << 20)] = np.clip(np.nan_to_num(scaled), 0, 255)
+            grey[part : part + (1 << 20)] = pixels[part : part + (1 << 20)] * (255 / top)
         image = Image.fromarray(grey.reshape(image.height, image.width))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -160,6 +184,18 @@ def _rgb(image: Image.Image) -> Image.Image:
         white.paste(image, mask=image)
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _top(pixels: np.ndarray) -> int:
+    """What white is in an image of 32 bits a pixel: its type does not tell, so its values must."""
+    low, high = pixels.min(), pixels.max()
+    tops = (1, 255, 65535) if pixels.dtype.kind == "f" else (255, 65535)
+    if not (low >= 0 and high <= tops[-1]):  # or a value is not a number
+        raise Unreadable(
+            f"its values reach from {low:g} to {high:g}; images of 32 bits a pixel are taken with values of 0–1 "
+            f"(fractions), 0–255 or 0–65535"
+        )
+    return next(top for top in tops if high <= top)
 
 
 def _square(image: Image.Image, orientation: int, size: int) -> Image.Image:

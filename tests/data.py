@@ -261,8 +261,6 @@ def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, t
             png(large, large, 8, 2, (b"IDAT", zlib.compress((b"\0" + bytes(LEFT) * large) * large, 1))),
             (LEFT, LEFT),
         ),
-        # declares more rows than it has: libjpeg makes them grey without a word
-        "taller.jpg": (declare(jpeg, height=6000), ((128,) * 3,) * 2),
         # ten rows are declared, and 64 MiB come out of the file
         "inflates.png": (png(10, 10, 8, 2, (b"IDAT", zlib.compress(bytes(1 << 26), 1))), (BLACK, BLACK)),
     }
@@ -297,6 +295,9 @@ def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, t
         "huge.ppm": (b"P6 60000 60000 255\n", huge),
         "huge.tif": (tiff(60_000, 60_000), huge),
         "huge.webp": (b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (59_999).to_bytes(3, "little") * 2, ""),
+        # libjpeg makes the rows that are missing grey without a word
+        "taller.jpg": (declare(jpeg, height=6000), "truncated"),
+        "taller_progressive.jpg": (declare(progressive, height=9000, width=9000), "data end long before"),
         "no_width.jpg": (declare(jpeg, width=0), ""),
         "no_height.jpg": (declare(jpeg, height=0), ""),
         "twelve_bits.jpg": (declare(jpeg, precision=12), ""),

@@ -178,6 +178,95 @@ def test_damaged_files_are_named_with_their_reason():
     assert "not an image" in reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
 
 
+RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)
+
+
+def tiff(values, dtype):
+    return data.encoded(Image.fromarray(values.astype(dtype)), "TIFF")
+
+
+def signed(values):
+    """A TIFF of int16, which Pillow does not write."""
+    height, width = values.shape
+    tags = (256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)
+    tags = *tags, (279, 2 * width * height), (339, 2)
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    pixels = values.astype("<i2").tobytes()
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("file", "top"),
+    [(tiff(RAMP * top, np.float32), top) for top in (1, 255, 65535)]
+    + [(tiff(RAMP * top, np.int32), top) for top in (255, 65535)]
+    + [(signed(RAMP * 32767), 32767)],
+    ids=["fractions", "float bytes", "float words", "bytes", "words", "int16"],
+)
+def test_the_values_of_images_without_a_range_tell_it(file, top):
+    expected = RAMP * (255 / 2 if top == 32767 else 255)
+    np.testing.assert_allclose(record(file), expected[..., None].repeat(3, -1), atol=1.01)
+
+
+@pytest.mark.parametrize(
+    ("file", "reach"),
+    [
+        (tiff(RAMP * 2e9, np.int32), "from 0 to 2e+09"),
+        (tiff(RAMP * 200 - 100, np.int32), "from -100 to 100"),
+        (tiff(RAMP * 65536, np.float32), "from 0 to 65536"),
+        (tiff(RAMP - 0.5, np.float32), "from -0.5 to 0.5"),
+        (tiff(np.where(RAMP < 1, RAMP, np.nan), np.float32), "from nan to nan"),
+        (tiff(np.where(RAMP < 1, RAMP, np.inf), np.float32), "from 0 to inf"),
+        (signed(RAMP * 200 - 100), "from -100 to 100"),
+    ],
+)
+def test_values_that_tell_no_range_are_refused(file, reach):
+    assert reason(file) == (
+        f"its values reach {reach}; images of 32 bits a pixel are taken with values of 0–1 (fractions), 0–255 or "
+        f"0–65535"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    quality=st.integers(5, 100),
+    restart=st.integers(0, 4),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    after=st.sampled_from([b"", b"garbage", b"\xff\xd9" * 9]),
+)
+def test_a_complete_jpeg_keeps_its_pixels(size, subsampling, quality, restart, mode, after):
+    """Pillow alone, with the whole file, is the reference."""
+    image = data.picture("a", 0, size).convert(mode)
+    file = data.encoded(
+        image, quality=quality, subsampling=subsampling, restart_marker_blocks=restart, optimize=quality % 2 > 0
+    )
+    expected = images._square(Image.open(io.BytesIO(file)).convert("RGB"), 1, 64)
+    np.testing.assert_array_equal(record(file + after), np.asarray(expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 2}, {"subsampling": "4:4:4"}])
+def test_a_jpeg_whose_data_end_early_is_refused_though_it_has_an_end(options):
+    file, end = data.encoded(data.picture("a", 0, (160, 120)), **options), b"\xff\xd9"
+    for height in (130, 240, 9000):
+        assert "truncated" in reason(data.declare(file, height=height))
+    for cut in (200, 1000, len(file) // 2):
+        assert "truncated" in reason(file[:-cut] + end)
+        assert "truncated" in reason(file[:-cut])
+    assert "declares 9000×9000 pixels, and its data end long before" in reason(
+        data.declare(file, width=9000, height=9000)
+    )
+
+
+def test_a_progressive_jpeg_that_declares_far_too_much_is_refused():
+    file = data.encoded(data.picture("a", 0, (160, 120)), progressive=True)
+    record(file)
+    assert "data end long before" in reason(data.declare(file, width=9000, height=9000))
+    # The flattest image there can be, in the fewest bytes.
+    flat = data.encoded(Image.new("L", (4096, 4096), 128), progressive=True, optimize=True, quality=1)
+    np.testing.assert_array_equal(record(flat), 128)
+
+
 def test_an_image_above_the_limit_is_refused_undecoded():
     assert "60000×60000" in reason(png_header(60_000, 60_000))
     file = data.encoded(Image.new("RGB", (40, 50)), "PNG")
