@@ -218,12 +218,20 @@ class AlexNet(nn.Module):
         }
         check_ranges(vars(self), bounds, "model.")
         check_ranges({"crop": image_size}, {"crop": (11, 4096)}, "input.")  # conv1's kernels must fit
+        least = next((size for size in range(11, 4097) if self._fits(size)), None)
+        if least is None or image_size < least:
+            raise UserError(
+                f"input.crop={image_size} is too small for three times max-pooling with "
+                f"model.pool_window={self.pool_window}, model.pool_stride={self.pool_stride}; "
+                f"{f'it takes {least} or more' if least else 'take smaller ones'}."
+            )
+
+    def _fits(self, size: int) -> bool:
+        """Whether images of this side are large enough for conv1 and three times max-pooling."""
         try:
-            size = output_size(image_size, *GEOMETRY["conv1"][:2])
+            size = output_size(size, *GEOMETRY["conv1"][:2])
             for _ in range(3):
                 size = output_size(size, self.pool_window, self.pool_stride)
         except ValueError:
-            raise UserError(
-                f"input.crop={image_size} is too small for three times max-pooling with "
-                f"model.pool_window={self.pool_window}, model.pool_stride={self.pool_stride}; try 224."
-            ) from None
+            return False
+        return True
