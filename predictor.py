@@ -28,7 +28,7 @@ import models
 import update
 from common import exits
 from common.errors import UserError, check_name, require, shown
-from datasets import conversion, images, parts, prepared, sources, wordnet
+from datasets import conversion, folders, images, parts, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable, start_devices
 from run import setup, workdirs
 from views import VIEWS, center, to_input
@@ -255,7 +255,7 @@ def find(names: Iterable[str]) -> list[str | bytes]:
         path = pathlib.Path(name).expanduser()
         require(path.exists(), f"{name} is not there.")
         inside = _inside(path) if path.is_dir() else [str(path)]
-        require(inside, f"{name} holds no image files ({' '.join(sources.IMAGE_SUFFIXES)}).")
+        require(inside, f"{name} holds no image files ({' '.join(folders.IMAGE_SUFFIXES)}).")
         found += inside
     return found
 
@@ -268,7 +268,7 @@ def _inside(folder: pathlib.Path) -> list[str]:
             below.clear()
             continue
         seen.add(real)
-        found += [os.path.join(where, name) for name in names if name.lower().endswith(sources.IMAGE_SUFFIXES)]  # noqa: PTH118 -- a Path takes ten times as long
+        found += [os.path.join(where, name) for name in names if name.lower().endswith(folders.IMAGE_SUFFIXES)]  # noqa: PTH118 -- a Path takes ten times as long
     return sorted(found)
 
 

@@ -14,13 +14,13 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, shortened
-from datasets import overlaps, sources, statistics, tensorflow_datasets, tfrecords
+from datasets import folders, overlaps, sources, statistics, tensorflow_datasets, tfrecords
 from datasets.progress import quiet
 
 VERSION = "1.0.0"
@@ -115,7 +115,7 @@ def find_split(splits: Any, split: str, origin: str) -> Any:
     Raises:
       UserError: there is no such split, the notation is wrong, or nothing is in it.
     """
-    sources.check_split(split, splits, origin)
+    sources.check_split(split, [*splits, "all"], origin)  # TFDS takes 'all' for all together
     try:
         found = splits[split]
     except (KeyError, ValueError, NotImplementedError) as error:
@@ -125,21 +125,45 @@ def find_split(splits: Any, split: str, origin: str) -> Any:
     return found
 
 
+def splits_of(counts: Mapping[str, int]) -> Any:
+    """What TFDS will know of splits of so many examples; `find_split` takes it."""
+    tfds = tensorflow_datasets()
+    return tfds.core.splits.SplitDict(
+        [
+            tfds.core.splits.SplitInfo(
+                name=split,
+                shard_lengths=[count],
+                num_bytes=0,
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir="", dataset_name="records", split=split, filetype_suffix="tfrecord"
+                ),
+            )
+            for split, count in counts.items()
+        ]
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What prepared.json says.
 
     Attributes:
       origin: the folder or TFDS name that the images come from.
+      splits: the names of its splits.
       train_split: the split whose statistics were taken.
+      contents: of the folder that it was prepared from; see `folders.contents`. Empty for TFDS sets.
       unreadable: a line for each file that was left out, with the reason.
       overlaps: by (split, training split) that share images, a sentence that warns of it.
+      lacking: by split that has no images of some classes, a sentence that warns of it.
     """
 
     origin: str
+    splits: tuple[str, ...]
     train_split: str
+    contents: dict[str, str]
     unreadable: list[str]
     overlaps: dict[tuple[str, str], str]
+    lacking: dict[str, str]
 
 
 def summary(directory: pathlib.Path) -> Summary:
@@ -147,12 +171,16 @@ def summary(directory: pathlib.Path) -> Summary:
     file = directory / "prepared.json"
     with _damage(file, directory):
         found = json.loads(file.read_text(encoding="utf-8"))
+        # Sets of earlier versions say nothing about contents and overlaps.
+        contents = {folder: str(held) for folder, held in found.get("contents", {}).items()}
         return Summary(
             origin=found["origin"],
+            splits=tuple(found["examples"]),
             train_split=found["train_split"],
+            contents=contents,
             unreadable=[f"{item['file']}: {item['reason']}" for item in found["unreadable"]],
-            # Sets of earlier versions say nothing about overlaps.
             overlaps=overlaps.sentences(found.get("overlap", {}), found.get("overlap_as", {})),
+            lacking=folders.lacking(contents, found["train_split"]),
         )
 
 

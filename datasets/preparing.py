@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 
-from common.errors import UserError, nearest
+from common.errors import UserError
 from datasets import locks, overlaps, sources, tensorflow, tensorflow_datasets
 from datasets.conversion import Conversion
 from datasets.images import LOSSLESS_UP_TO
-from datasets.prepared import VERSION, Records, directory, summary
+from datasets.prepared import VERSION, Records, Summary, directory, summary
 from datasets.progress import progress
 
 
@@ -24,6 +26,8 @@ def prepare(
     train_split: str = "train",
     allow_unreadable: int = 0,
     max_pixels: int = 100_000_000,
+    again: bool = False,
+    check: Callable[[sources.Source], None] = lambda source: None,
 ) -> pathlib.Path:
     """Prepares a data set, with a progress bar, unless that is done already; returns its folder.
 
@@ -35,10 +39,12 @@ def prepare(
       train_split: the split whose statistics are taken.
       allow_unreadable: how many unreadable files may be left out.
       max_pixels: larger images are not decoded, and count as unreadable.
+      again: prepare though it is done already; the new set takes the place of the old one when it is complete.
+      check: called with the source before anything is converted; it may raise `UserError`.
 
     Raises:
-      UserError: there is no such data set, more files than allowed are unreadable, the folder cannot be written, or it
-        has records of something else.
+      UserError: there is no such data set, more files than allowed are unreadable, the folder cannot be written, it has
+        records of something else, or the photographs have changed since.
     """
     try:
         if dataset_name.startswith("~"):
@@ -49,22 +55,45 @@ def prepare(
         raise UserError(f"{dataset_name}, {data_dir}: {error}") from None
     name = sources.prepared_name(dataset_name)
     final = directory(data_dir, name, size)
-    if not os.path.isdir(final):  # noqa: PTH112 -- a Path raises where it may not look
+    if again or not os.path.isdir(final):  # noqa: PTH112 -- a Path raises where it may not look
         with locks.hold(pathlib.Path(data_dir) / "prepared" / f".{name}.lock"):
-            if not final.is_dir():  # another process may have prepared it meanwhile
+            if again and final.is_dir():
+                _check_origin(summary(final), final, dataset_name)
+            if again or not final.is_dir():  # another process may have prepared it meanwhile
                 source = sources.open_source(dataset_name, data_dir, manual_dir, train_split)
+                sources.check_split(train_split, source.counts, source.origin)
+                check(source)
                 print(f"Preparing {source.total:,} images of {source.origin} in {final}, once.", flush=True)
                 if others := source.passed_over:
                     suffixes = ", ".join(sorted(others))
                     print(f"passed over: {sum(others.values()):,} files with other suffixes ({suffixes})")
                 _write(source, final, size, train_split, allow_unreadable, max_pixels)
+                return final
     found = summary(final)
-    if not sources.is_origin(found.origin, dataset_name) or found.train_split != train_split:
+    _check_origin(found, final, dataset_name)
+    flags = dict(dataset=dataset_name, data_dir=data_dir, size=size, train_split=train_split)
+    command = shlex.join(["python", "-m", "tools.prepare", *(f"--{flag}={value}" for flag, value in flags.items())])
+    if changes := sources.changes(dataset_name, found.contents):
         raise UserError(
-            f"{final.parent} was prepared from {found.origin} with the mean image of {found.train_split!r}, not from "
-            f"{dataset_name} with that of {train_split!r}; delete it, or rename one of the two data sets."
+            f"{found.origin} has changed since {final.parent} was prepared from it: {changes}. Undo that, or prepare "
+            f"it again: {command} --again"
+        )
+    sources.check_split(train_split, found.splits, found.origin)
+    if found.train_split != train_split:
+        raise UserError(
+            f"{final.parent} has the mean image of {found.train_split!r}, not of {train_split!r}; prepare it again: "
+            f"{command} --again"
         )
     return final
+
+
+def _check_origin(found: Summary, final: pathlib.Path, dataset_name: str) -> None:
+    """Refuses a set that was prepared from another data set of the same name."""
+    if not sources.is_origin(found.origin, dataset_name):
+        raise UserError(
+            f"{final.parent} was prepared from {found.origin}, not from {dataset_name}; delete it, or rename one of "
+            f"the two data sets."
+        )
 
 
 def _write(
@@ -72,8 +101,6 @@ def _write(
 ) -> None:
     """Writes the records of a source into the folder `final`, whole or not at all; see `prepare`."""
     tf, tfds = tensorflow(), tensorflow_datasets()
-    if train_split not in source.counts:
-        raise UserError(f"{source.origin} has no split {train_split!r}: {nearest(train_split, source.counts)}")
     partial = final.parent.with_name(f".{final.parent.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # an interrupted preparation leaves one
     features = {
@@ -110,12 +137,15 @@ def _write(
             "train_split": train_split,
             "examples": {split: info.num_examples for split, info in builder.info.splits.items()},
             "unreadable": conversion.unreadable,
+            "contents": dict(source.contents),
             "overlap": overlap,
             "overlap_as": overlap_as,
         }
         (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
         Records.open(written)  # stores the index, and shows that the set can be read
-        shutil.rmtree(final.parent, ignore_errors=True)
+        old = partial / "old"
+        if final.parent.exists():
+            final.parent.rename(old)
         written.parent.rename(final.parent)
     except (OSError, tf.errors.OpError) as error:
         raise UserError(f"{final.parents[2]} cannot take the prepared records: {error}.") from error

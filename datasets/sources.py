@@ -3,7 +3,6 @@
 A source yields encoded image files as they are; `datasets.conversion` makes records of them.
 """
 
-import collections
 import dataclasses
 import functools
 import io
@@ -14,17 +13,15 @@ import socket
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import BinaryIO
 
 from common.errors import UserError, nearest, shown
-from datasets import tensorflow, tensorflow_datasets
+from datasets import folders, tensorflow, tensorflow_datasets
 from datasets.progress import printable, progress, quiet
 
 # Archives that TFDS cannot download. Without one of them it would leave out a split, or fail without a clear reason.
 ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-# Files with other suffixes in a class folder, such as Thumbs.db, are passed over and counted.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Source:
       class_names: by label.
       counts: number of files by split.
       files: a function that yields the files of a split, always in the same order.
+      contents: of a folder, see `folders.contents`.
       passed_over: number of files that have no image suffix, by suffix.
     """
 
@@ -52,6 +50,7 @@ class Source:
     class_names: tuple[str, ...]
     counts: dict[str, int]
     files: Callable[[str], Iterator[File]]
+    contents: Mapping[str, str] = dataclasses.field(default_factory=dict)
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -81,10 +80,10 @@ def split_names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def check_split(split: str, known: Iterable[str], origin: str) -> None:
+def check_split(split: str, known: Collection[str], origin: str) -> None:
     """Refuses what takes parts of splits that are not `known`, the splits of `origin`; raises `UserError`."""
     for name in split_names(split):
-        if name not in (*known, "all"):  # TFDS takes 'all' for all together
+        if name not in known:
             raise UserError(f"{origin} has no split {name!r}: {nearest(name, known)}")
 
 
@@ -93,6 +92,15 @@ def is_origin(origin: str, name: str) -> bool:
     if is_folder(name):
         return origin == printable(str(pathlib.Path(name).resolve()))
     return str(origin).startswith(f"TFDS {re.split('[/:]', name)[0]}/")
+
+
+def changes(name: str, before: Mapping[str, str]) -> str:
+    """Says how the contents of a folder differ from those `before`; '' if they do not, are gone, or are not known."""
+    try:
+        now = folders.contents(pathlib.Path(name)) if before and is_folder(name) else {}
+    except OSError:  # a set can be used when its photographs are gone
+        now = {}
+    return folders.changes(before, now) if now else ""
 
 
 def open_source(name: str, data_dir: str, manual_dir: str = "", train_split: str = "train") -> Source:
@@ -125,55 +133,15 @@ def open_file(file: pathlib.Path) -> BinaryIO:
 
 
 def _folder(root: pathlib.Path, train_split: str) -> Source:
-    if not root.is_dir():
-        raise UserError(f"The data folder {root} does not exist; it should hold SPLIT/CLASS/*.jpg.")
-    classes = {
-        split.name: sorted(folder.name for folder in split.iterdir() if folder.is_dir())
-        for split in sorted(root.iterdir())
-        if split.is_dir() and not split.name.startswith(".")
-    }
-    classes = {split: names for split, names in classes.items() if names}
-    if not classes:
-        raise UserError(f"The data folder {root} holds no SPLIT/CLASS folders; it should hold SPLIT/CLASS/*.jpg.")
-    if train_split not in classes:
-        raise UserError(f"{root} has no split {train_split!r}: {nearest(train_split, classes)}")
-    names = classes[train_split]
-    for name in names:
-        if printable(name) != name or name.strip() != name:  # TFDS strips names, and drops a blank one
-            raise UserError(
-                f"The folder {str(root / train_split / name)!r} needs a printable name, without spaces around it."
-            )
-    for split, others in classes.items():
-        if not re.fullmatch(r"[\w-]+", split, re.ASCII) or split == "all":
-            raise UserError(f"{root / split}: a split's name takes letters, digits, - and _, not 'all'.")
-        if strangers := sorted(set(others) - set(names)):
-            raise UserError(f"{root / split / strangers[0]} is a class that {root / train_split} does not have.")
-
-    passed_over = collections.Counter()
-
-    def list_files(split):
-        for label, name in enumerate(names):
-            folder = root / split / name
-            if folder.is_dir():
-                for file in sorted(f for f in folder.iterdir() if not f.name.startswith(".")):
-                    if file.suffix.lower() in IMAGE_SUFFIXES:
-                        yield f"{split}/{name}/{file.name}", label
-                    else:
-                        passed_over["folders" if file.is_dir() else printable(file.suffix.lower()) or "none"] += 1
+    found = folders.listing(root, train_split)
 
     def files(split):
-        for name, label in listed[split]:
+        for name, label in found.files[split]:
             yield File(name, label, functools.partial(open_file, root / name))
 
-    listed = {split: list(list_files(split)) for split in classes}
-    for split in listed:
-        if not listed[split]:
-            raise UserError(f"{root / split} holds no image files ({' '.join(IMAGE_SUFFIXES)}).")
-    if empty := set(range(len(names))) - {label for _, label in listed[train_split]}:
-        folder = root / train_split / names[min(empty)]
-        raise UserError(f"{folder} holds no image files ({' '.join(IMAGE_SUFFIXES)}), so its class cannot be learned.")
-    counts = {split: len(found) for split, found in listed.items()}
-    return Source(printable(str(root.resolve())), tuple(names), counts, files, passed_over)
+    counts = {split: len(names) for split, names in found.files.items()}
+    origin = printable(str(root.resolve()))
+    return Source(origin, found.class_names, counts, files, found.contents, found.passed_over)
 
 
 @quiet()

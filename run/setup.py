@@ -75,12 +75,7 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
         workdirs.check(config, workdir)
     shapes = state_shapes(config)
     check_memory(config, shapes, jax.process_count())
-    records = opening.open_records(config.dataset, config.input, warn=is_first)
-    if records.num_classes != config.model.num_classes:
-        raise UserError(
-            f"model.num_classes={config.model.num_classes}, but {config.dataset.name} has {records.num_classes} "
-            f"classes; use --config.model.num_classes={records.num_classes}."
-        )
+    records = opening.open_records(config.dataset, config.input, num_classes=config.model.num_classes, warn=is_first)
     durations = schema.Durations.of(config, records.num_examples(config.dataset.train_split))
     rates = optimizer.Rates(config, durations.steps_per_epoch)
     rates.check(shapes.params)

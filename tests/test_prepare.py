@@ -103,10 +103,10 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, ca
 
 def test_another_folder_of_the_same_name_is_not_mixed_up(tmp_path):
     prepare(data.make_folder(tmp_path / "one/photos", {"train": 2}), tmp_path)
-    with pytest.raises(UserError, match=r"was prepared from .*one/photos with .* not from .*two/photos with"):
+    with pytest.raises(UserError, match=r"was prepared from .*one/photos, not from .*two/photos; delete it"):
         prepare(data.make_folder(tmp_path / "two/photos", {"train": 2}), tmp_path)
-    with pytest.raises(UserError, match=r"with the mean image of 'train', not from .* with that of 'val'; delete it"):
-        prepare(tmp_path / "one/photos", tmp_path, train_split="val")
+    with pytest.raises(UserError, match=r"was prepared from .*one/photos, not from .*two/photos; delete it"):
+        prepare(tmp_path / "two/photos", tmp_path, again=True)
 
 
 def test_a_folder_of_any_name_is_prepared(tmp_path):

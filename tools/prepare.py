@@ -18,6 +18,7 @@ TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "The split over which 
 SIZE = flags.DEFINE_integer("size", 256, "Side of the records in pixels.", *prepared.SIZES)
 ALLOW = flags.DEFINE_integer("allow_unreadable", 0, "How many unreadable files may be left out.", lower_bound=0)
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", 100_000_000, "Larger images are refused undecoded.", lower_bound=1)
+AGAIN = flags.DEFINE_bool("again", False, "Prepare anew, and replace the old set when the new one is complete.")
 flags.mark_flag_as_required("dataset")
 
 
@@ -31,6 +32,7 @@ def main(_) -> None:
         train_split=TRAIN_SPLIT.value,
         allow_unreadable=ALLOW.value,
         max_pixels=MAX_PIXELS.value,
+        again=AGAIN.value,
     )
     summary, records = prepared.summary(directory), prepared.Records.open(directory)
     print(f"records      {directory}")
@@ -42,7 +44,7 @@ def main(_) -> None:
     print(f"principal σ  {np.round(records.principal_std, 2)}")
     for line in summary.unreadable:
         print(f"left out     {line}")
-    for sentence in summary.overlaps.values():
+    for sentence in (*summary.overlaps.values(), *summary.lacking.values()):
         print(sentence, file=sys.stderr)
 
 
