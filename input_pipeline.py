@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common import host
-from common.errors import UserError, check_name, check_ranges, shortened, shown
+from common.errors import UserError, check_name, check_ranges, require, shortened, shown
 from datasets import images, prepared, tensorflow, tfrecords
 
 Batch = dict[str, np.ndarray]
@@ -34,6 +34,13 @@ def validate(options: Any) -> None:
     if not 1 <= options.crop <= options.resize:
         raise UserError(f"input.crop={shown(options.crop)} must lie between 1 and input.resize={options.resize}.")
     check_name("input.lighting_scale", options.lighting_scale, ("std", "variance"))
+    spans = [span if isinstance(span, list | tuple) else (span,) for span in options.lighting_again]
+    require(
+        all(len(span) == 2 and all(type(epoch) in (int, float) for epoch in span) for span in spans)
+        and all(0 <= first < end <= 1e6 for first, end in spans),
+        f"input.lighting_again={shown(options.lighting_again)} must be pairs of epochs, such as ((91.0, 124.0),) with "
+        f"its comma.",
+    )
 
 
 def train_batches(
@@ -189,7 +196,11 @@ def draw_views(
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
     # The source of 2012 takes the standard deviation along each component, the paper's text the variance.
     spread = records.principal_std if options.lighting_scale == "std" else records.principal_std**2
-    on = (options.lighting_std > 0) & ((options.lighting_until <= 0) | (places / count < options.lighting_until))
+    epochs = places / count
+    on = (options.lighting_until <= 0) | (epochs < options.lighting_until)
+    for first, end in options.lighting_again:
+        on |= (first <= epochs) & (epochs < end)
+    on &= options.lighting_std > 0
     shift = (normal * options.lighting_std * spread) @ records.principal_components * on[:, None]
     gain = np.where(on & options.lighting_divide, 1 / (1 + options.lighting_std), 1)
     return corner, reflect, shift.astype(np.float32), gain.astype(np.float32)

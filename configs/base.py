@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
         lighting_std=0.0,
         lighting_scale="std",  # the shift follows the 'std' or the 'variance' along each principal component
         lighting_until=0.0,  # epoch at which lighting ends; 0 is never
+        lighting_again=(),  # ((first epoch, epoch at which it ends), …) of lighting after that
         lighting_divide=False,  # divide by 1 + lighting_std while lighting is on
         threads=0,  # for decoding; 0 takes all cores
     )

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import re
 import pathlib
 import resource
 import subprocess
@@ -231,6 +232,15 @@ def test_lighting_ends_and_divides():
     np.testing.assert_allclose(draw(5)[3], 1)
 
 
+def test_lighting_comes_back():
+    _, _, shift, gain = draw(
+        500, examples=100, lighting_until=1.0, lighting_again=((2.0, 3.0), (4, 4.5)), lighting_divide=True
+    )
+    on = np.repeat([True, False, True, False, True, False], [100, 100, 100, 100, 50, 50])
+    np.testing.assert_array_equal(shift.any(1), on)
+    np.testing.assert_allclose(gain, np.where(on, 1 / 1.1, 1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("which", ["small", "large"])
 def test_views_are_crops_of_whole_records_mirrored_where_drawn(which, request):
     records = request.getfixturevalue(which)
@@ -296,12 +306,15 @@ def test_a_slice_trains_on_its_own_examples(small):
         ("lighting_std", -0.1),
         ("lighting_std", float("nan")),
         ("lighting_until", float("inf")),
+        ("lighting_again", (91.0, 124.0)),
+        ("lighting_again", ((124.0, 91.0),)),
+        ("lighting_again", ((91.0, True),)),
         ("threads", -1),
     ],
 )
 def test_values_that_cannot_work_are_named(field, value):
     input_pipeline.validate(options())
-    with pytest.raises(UserError, match=f"input.{field}={value!r}".replace("(", ".")):
+    with pytest.raises(UserError, match=re.escape(f"input.{field}={value!r}")):
         input_pipeline.validate(options(**{field: value}))
 
 

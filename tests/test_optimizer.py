@@ -46,18 +46,24 @@ def test_rule_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("epoch", "conv1", "others"),
-    [(0, 1e-2, 1e-2), (24, 1e-2, 1e-2), (25, 1e-3, 1e-3), (51, 1e-4, 1e-4), (66, 1e-4, 1e-4), (67, 1e-5, 1e-4)]
-    + [(72, 0, 1e-4), (78, 0, 1e-4), (79, 0, 1e-5), (90, 0, 1e-5)],
+    ("epoch", "conv1", "others", "conv1_bias"),
+    [
+        *((0, 1e-2, 1e-2, 0.02), (24, 1e-2, 1e-2, 0.02), (25, 1e-3, 1e-3, 0.02), (51, 1e-4, 1e-4, 0.02)),
+        *((66, 1e-4, 1e-4, 0.02), (67, 1e-5, 1e-4, 0.02), (72, 0, 1e-4, 0), (78, 0, 1e-4, 0)),
+        *((79, 0, 1e-5, 0), (90, 0, 1e-5, 0)),
+        # The log after the paper: 'longer'.
+        *((91, 0, 1e-3, 0), (106, 0, 1e-3, 0), (107, 0, 1e-4, 0), (124, 0, 1e-5, 0), (134, 0, 1e-5, 0)),
+    ],
 )
-def test_rates_of_2012(epoch, conv1, others):
-    """The epochs at which layer-params-145.cfg changed its rates, and biases at twice the rate."""
-    config = alexnet_2012.get_config()
+def test_rates_of_2012(epoch, conv1, others, conv1_bias):
+    """The epochs at which the log of #145 lowered `epsW`. In layer-params-145.cfg `epsB` stays 0.02, conv1's ends at 0."""
+    config = alexnet_2012.get_config("longer" if epoch > 90 else "")
     rates = optimizer.Rates(config, steps_per_epoch=100.0)
     tree = rates.tree(trees(), 100 * epoch)
     np.testing.assert_allclose(tree["conv1"]["kernel"], conv1, rtol=1e-6)
-    np.testing.assert_allclose(tree["conv1"]["bias"], 2 * conv1, rtol=1e-6)
+    np.testing.assert_allclose(tree["conv1"]["bias"], conv1_bias, rtol=1e-6)
     np.testing.assert_allclose(tree["fc8"]["kernel"], others, rtol=1e-6)
+    np.testing.assert_allclose(tree["fc8"]["bias"], 0.02, rtol=1e-6)
 
 
 def rates_at(steps, steps_per_epoch=10.0, **schedule):
