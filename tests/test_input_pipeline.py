@@ -3,8 +3,8 @@
 import gc
 import itertools
 import os
-import re
 import pathlib
+import re
 import resource
 import subprocess
 import sys

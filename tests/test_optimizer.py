@@ -56,7 +56,7 @@ def test_rule_is_the_papers():
     ],
 )
 def test_rates_of_2012(epoch, conv1, others, conv1_bias):
-    """The epochs at which the log of #145 lowered `epsW`. In layer-params-145.cfg `epsB` stays 0.02, conv1's ends at 0."""
+    """When the log of #145 lowered `epsW`. In layer-params-145.cfg `epsB` stays 0.02; conv1's ends at 0."""
     config = alexnet_2012.get_config("longer" if epoch > 90 else "")
     rates = optimizer.Rates(config, steps_per_epoch=100.0)
     tree = rates.tree(trees(), 100 * epoch)
