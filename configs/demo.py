@@ -25,7 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every.epochs = 2.0
     config.eval_batch_size = 100
     config.dataset.name = "shapes"
-    config.dataset.eval_split = "test"
+    config.dataset.train_split = "train[:90%]"
+    config.dataset.eval_split = "train[90%:]"
+    config.dataset.test_split = "test"
     config.input.resize = 128
     config.input.crop = 112
     config.input.scale = 1 / 64
