@@ -22,7 +22,8 @@ work going on beside it:
 The classes of the target are the first 30 of the sorted names after `random.Random(0).shuffle`. The commands, with 10
 images a class from a folder that holds only the first ten of each:
 
-    SIZE="--config.input.resize=128 --config.input.crop=112"
+    SIZE="--config.input.resize=128 --config.input.crop=112 --config.dataset.train_split=train"
+    SIZE="$SIZE --config.dataset.eval_split=test --config.dataset.test_split="
     python main.py --config=configs/caltech101.py --workdir=runs/source $SIZE \
         --config.dataset.name=SOURCE --config.model.num_classes=71
     LAST="--config.dataset.name=TARGET --config.model.num_classes=30 --config.eval_every.epochs=0.0 --config.seed=0"
