@@ -236,13 +236,14 @@ def test_starts_are_timed_to_the_first_step(tmp_path, monkeypatch, losses, messa
     (tmp_path / "main.py").write_text(f"losses = {losses}{MAIN}")
     if message:
         with pytest.raises(UserError, match=re.escape(message)):
-            start.run(1)
+            start.run(1, devices=1)
     else:
         begun = time.perf_counter()
-        values = start.run(1)
+        values = start.run(1, devices=1)
         passed = time.perf_counter() - begun
         assert all(values[name]["least"] == values[name]["most"] for name in ("first_seconds", "second_seconds"))
         first, second = values["first_seconds"]["median"], values["second_seconds"]["median"]
         assert first > 0.3 and second > 0.1
         # There were two rounds, of which the first does not count, and neither does what comes after a first step.
         assert passed > 2 * 0.5 + (0.3 + 0.5) + (0.1 + 0.5) + first + second
+        assert "second_seconds" not in start.run(1, devices=2), "there is no cache"
