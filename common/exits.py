@@ -53,22 +53,33 @@ class _Outliving(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno()), os.close(nowhere)
-            if self.fileno() == 1:
+            _send_nowhere(self.fileno())
+            if self.fileno() != 2:
                 print(f"warning: stdout takes no more ({error.strerror}); the run goes on.", file=sys.stderr)
             return len(data)
 
 
+def _send_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def outlive_readers() -> None:
-    """Lets the process go on when nobody can read its output any more: `head`, a lost connection, a full disk."""
+    """Lets the process go on when nobody can read its output any more: `head`, a lost connection, a full disk.
+
+    What libraries in C++ write on stdout, such as Gloo's line for each connection, goes nowhere.
+    """
     for name in ("stdout", "stderr"):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or no file
             stream = getattr(sys, name)
             stream.flush()
-            raw = _Outliving(stream.fileno(), "w", closefd=False)
+            descriptor = os.dup(1) if stream.fileno() == 1 else stream.fileno()
+            raw = _Outliving(descriptor, "w", closefd=False)
             options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=True)
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
+            if descriptor not in (1, 2):
+                _send_nowhere(1)
 
 
 class StopSignal:
