@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -128,7 +129,17 @@ def test_a_run_outlives_the_reader_of_its_output(folder, undisturbed):
     runs.assert_same(folder / "unread", undisturbed[0], STEPS)
 
 
-def test_nohup_is_respected(folder):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")  # noqa: PTH110
+def test_a_log_on_a_full_disk_does_not_end_a_run(folder, undisturbed):
+    arguments = runs.command(folder, folder / "unlogged", f"--config.num_steps={STEPS}")[1:]
+    with open("/dev/full", "w") as full, tempfile.TemporaryFile("w+") as err:  # noqa: PTH123
+        assert runs.Forked(arguments, runs._Descriptor(full), runs._Descriptor(err)).wait() == 0
+        err.seek(0)
+        assert "warning: stdout takes no more (No space left on device); the run goes on." in err.read()
+    runs.assert_same(folder / "unlogged", undisturbed[0], STEPS)
+
+
+def test_nohup_is_respected():
     """SIGHUP ignored from before stays ignored."""
     signals = exits.StopSignal()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
