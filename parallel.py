@@ -34,8 +34,9 @@ Tree = Any
 def start_devices() -> None:
     """Starts the devices of JAX, before anything else asks for them.
 
-    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says: with
-    jax 0.10.2, programs from the cache corrupt memory there, and once gave wrong results.
+    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says. A program from
+    the cache has lost the order between collectives in a loop and those outside it (jax 0.10.2 and 0.11.2), so that
+    devices meet in different ones and write into each other's memory: crashes, and once a wrong result.
 
     Raises:
       UserError: the platform that JAX_PLATFORMS names is not there.
@@ -49,7 +50,7 @@ def start_devices() -> None:
             f"variable it takes what is there."
         ) from error
     cached = jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
-    if cached and len(devices) > 1 and devices[0].platform == "cpu":
+    if cached and jax.device_count() > 1 and devices[0].platform == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         print(
             "warning: JAX's compilation cache stays off: with several devices on the CPU it corrupts memory.",
