@@ -43,6 +43,16 @@ def store_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that a disk is full. Libraries wrap that in their own."""
+    full = ("No space left on device", "Not enough disk space", "Disk quota exceeded")
+    while error:
+        if any(text in str(error) for text in full):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def check(path: pathlib.Path) -> pathlib.Path:
     """The path, if a file could be written there; raises `UserError` before work is done for nothing."""
     if path.is_dir():

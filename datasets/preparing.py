@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from datasets import locks, overlaps, sources, tensorflow, tensorflow_datasets
 from datasets.conversion import Conversion
@@ -147,7 +148,11 @@ def _write(
         if final.parent.exists():
             final.parent.rename(old)
         written.parent.rename(final.parent)
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{final.parents[2]} cannot take the prepared records: {error}.") from error
+    except Exception as error:  # TFDS wraps some of what TensorFlow raises
+        if files.is_full(error):
+            raise UserError(f"{final.parents[2]} cannot take the prepared records: its disk is full.") from error
+        if isinstance(error, OSError | tf.errors.OpError):
+            raise UserError(f"{final.parents[2]} cannot take the prepared records: {error}.") from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

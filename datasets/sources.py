@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import BinaryIO
 
 from common.errors import UserError, nearest, shown
+from common.files import is_full
 from datasets import folders, tensorflow, tensorflow_datasets
 from datasets.progress import printable, progress, quiet
 
@@ -170,8 +171,14 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             print(f"TFDS prepares {name} in {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
                 builder.download_and_prepare(download_config=config, file_format=None)
-    except (AssertionError, OSError, tarfile.TarError, tf.errors.OpError, tfds.core.download.DownloadError) as error:
-        raise UserError(f"TFDS could not get {name} ready: {' '.join(str(error).split())}") from error
+    except Exception as error:  # TFDS wraps some of what TensorFlow raises
+        if is_full(error):
+            raise UserError(f"TFDS could not get {name} ready in {directory}: its disk is full.") from error
+        if isinstance(
+            error, AssertionError | OSError | tarfile.TarError | tf.errors.OpError | tfds.core.download.DownloadError
+        ):
+            raise UserError(f"TFDS could not get {name} ready: {' '.join(str(error).split())}") from error
+        raise
 
     def files(split):
         examples = builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False)

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -221,6 +222,33 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(folder, undisturbed):
     assert runs.checkpoints(kept) == [5] and runs.leftovers(kept) == []
     assert "after step 5:" in runs.run(folder, kept, f"--config.num_steps={STEPS}").stdout
     runs.assert_same(kept, undisturbed[0], STEPS)
+
+
+@pytest.mark.skipif(not mountable(), reason="this system lets ordinary users mount nothing")
+@pytest.mark.parametrize(
+    ("dataset", "filled", "said"),
+    [
+        ("{folder}/photos", False, "{home} cannot take the prepared records: its disk is full."),
+        ("{folder}/photos", True, "{home} cannot take the prepared records: its disk is full."),
+        ("shapes", False, "TFDS could not get shapes ready in {home}: its disk is full."),
+    ],
+    ids=["while records are written", "before", "while TFDS writes"],
+)
+def test_a_disk_that_fills_during_a_preparation_is_named_and_keeps_nothing(folder, tmp_path, dataset, filled, said):
+    """A disk of 100 kB, of which all may be taken."""
+    home, kept, places = tmp_path / "small", tmp_path / "kept", dict(folder=folder, home=tmp_path / "small")
+    home.mkdir()
+    prefix = in_own_mounts(
+        f"mount -t tmpfs -o size=100k none {home}",
+        f"mkdir {home}/prepared {home}/shapes {home}/downloads",
+        f"head -c {'1m' if filled else '1k'} /dev/zero > {home}/other; true",
+        f'"$@"; code=$?; find {home} -type f > {kept}; exit $code; true',
+    )
+    command = [*prefix, sys.executable, "-m", "tools.prepare", f"--dataset={dataset.format(**places)}"]
+    done = subprocess.run([*command, f"--data_dir={home}"], cwd=runs.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert runs.sentence(done.stderr) == f"error: {said.format(**places)}"
+    assert kept.read_text().splitlines() == [f"{home}/other"]
 
 
 def test_files_that_may_not_grow_end_in_a_sentence(folder):
