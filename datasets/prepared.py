@@ -12,6 +12,7 @@ DATA_DIR/prepared/NAME-SIZE/1.0.0 holds what TFDS writes and
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from datasets import folders, overlaps, sources, statistics, tensorflow_datasets
 from datasets.progress import quiet
 
 VERSION = "1.0.0"
+LABELS = "label.labels.txt"  # where TFDS keeps the names of the classes
 SIZES = (8, 4096)  # pixels a side
 
 
@@ -57,14 +59,17 @@ class Records:
     @classmethod
     def open(cls, directory: pathlib.Path) -> "Records":
         """Opens the folder that `prepare` returned; raises `UserError` if something in it is damaged."""
+        known = summary(directory)
         with _damage(directory, directory):
             features = _features(directory)
-            (directory / "label.labels.txt").read_text(encoding="utf-8")  # TFDS would make up what it cannot read
+            (directory / LABELS).read_text(encoding="utf-8")  # TFDS would make up what it cannot read
+            if known.labels and known.labels != checksum(directory / LABELS):
+                raise ValueError(f"{LABELS} has changed")
             with quiet():
                 info = tensorflow_datasets().builder_from_directory(directory).info
             splits, names, size = info.splits, tuple(info.features["label"].names), info.features["image"].shape[0]
             if len(names) != int(features["label"]["classLabel"]["numClasses"]):
-                raise ValueError("label.labels.txt does not name its classes")
+                raise ValueError(f"{LABELS} does not name its classes")
             files = {}
             for split in splits.values():
                 shards = zip(split.filepaths, split.shard_lengths, strict=True)
@@ -151,6 +156,7 @@ class Summary:
       origin: the folder or TFDS name that the images come from.
       splits: the names of its splits.
       train_split: the split whose statistics were taken.
+      labels: the `checksum` of the names of the classes; '' in sets of earlier versions.
       contents: of the folder that it was prepared from; see `folders.contents`. Empty for TFDS sets.
       unreadable: a line for each file that was left out, with the reason.
       overlaps: by (split, training split) that share images, a sentence that warns of it.
@@ -160,6 +166,7 @@ class Summary:
     origin: str
     splits: tuple[str, ...]
     train_split: str
+    labels: str
     contents: dict[str, str]
     unreadable: list[str]
     overlaps: dict[tuple[str, str], str]
@@ -171,17 +178,23 @@ def summary(directory: pathlib.Path) -> Summary:
     file = directory / "prepared.json"
     with _damage(file, directory):
         found = json.loads(file.read_text(encoding="utf-8"))
-        # Sets of earlier versions say nothing about contents and overlaps.
+        # Sets of earlier versions say nothing about labels, contents and overlaps.
         contents = {folder: str(held) for folder, held in found.get("contents", {}).items()}
         return Summary(
             origin=found["origin"],
             splits=tuple(found["examples"]),
             train_split=found["train_split"],
+            labels=found.get("labels", ""),
             contents=contents,
             unreadable=[f"{item['file']}: {item['reason']}" for item in found["unreadable"]],
             overlaps=overlaps.sentences(found.get("overlap", {}), found.get("overlap_as", {})),
             lacking=folders.lacking(contents, found["train_split"]),
         )
+
+
+def checksum(path: pathlib.Path) -> str:
+    """What tells whether a file has changed."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def cure(directory: pathlib.Path) -> str:

@@ -14,7 +14,7 @@ from common.errors import UserError
 from datasets import locks, overlaps, sources, tensorflow, tensorflow_datasets
 from datasets.conversion import Conversion
 from datasets.images import LOSSLESS_UP_TO
-from datasets.prepared import VERSION, Records, Summary, directory, summary
+from datasets.prepared import LABELS, VERSION, Records, Summary, checksum, directory, summary
 from datasets.progress import progress
 
 
@@ -138,6 +138,7 @@ def _write(
             "train_split": train_split,
             "examples": {split: info.num_examples for split, info in builder.info.splits.items()},
             "unreadable": conversion.unreadable,
+            "labels": checksum(written / LABELS),
             "contents": dict(source.contents),
             "overlap": overlap,
             "overlap_as": overlap_as,

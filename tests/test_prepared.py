@@ -231,6 +231,11 @@ DAMAGES = [
     ("label.labels.txt", None),
     ("label.labels.txt", lambda _: b"a\nb\n"),
     ("label.labels.txt", lambda _: b"\xff"),
+    *[("label.labels.txt", flipped(at, bits)) for at in range(6) for bits in (1, 4, 32)],
+    *[
+        ("dataset_info.json", replaced(b"{SHARD_X_OF_Y}", to))
+        for to in (b"{SHARD_X_OF_Z}", b"{SPLIT}", b"{", b"x/y", b"\\u0000")
+    ],
     (RECORDS, None),
     (RECORDS, lambda content: content[: int.from_bytes(content[:8], "little") + 16]),
     (RECORDS, lambda content: content + content[: int.from_bytes(content[:8], "little") + 16]),
