@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import BinaryIO
 
-from common.errors import UserError, nearest, shown
+from common.errors import UserError, nearest, shortened, shown
 from common.files import is_full
 from datasets import folders, tensorflow, tensorflow_datasets
 from datasets.progress import printable, progress, quiet
@@ -155,7 +155,9 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
         builder = tfds.builder(name, data_dir=directory)
     except ImportError as error:
         raise UserError(f"TFDS cannot open {name}: {error}") from None
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError):
+    except Exception as error:
+        if name == base or not isinstance(error, tfds.core.DatasetNotFoundError | AssertionError | ValueError):
+            raise _damaged(name, directory / base, error) from error
         configs = [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
         raise UserError(f"TFDS has {base}, but not as {name!r}: {_few(nearest(name, [base, *configs]))}") from None
     features = builder.info.features
@@ -181,6 +183,12 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
         raise
 
     def files(split):
+        try:
+            yield from read(split)
+        except Exception as error:
+            raise _damaged(name, builder.data_path, error) from error
+
+    def read(split):
         examples = builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False)
         key = next((key for key in ("file_name", "filename", "image/filename", "id") if key in features), None)
         for number, example in enumerate(examples.as_numpy_iterator()):
@@ -192,6 +200,12 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     # Contests publish test images without labels, which TFDS sets to −1. Nothing can be measured on those.
     labelled = {split: count for split, count in counts.items() if count and next(files(split)).label >= 0}
     return Source(f"TFDS {builder.info.full_name}", tuple(features["label"].names), labelled, files)
+
+
+def _damaged(name: str, folder: pathlib.Path, error: Exception) -> UserError:
+    """What to raise for a TFDS set that was prepared and cannot be read: TFDS raises anything on damaged files."""
+    reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+    return UserError(f"TFDS cannot read {name} in {folder} ({reason}); delete that folder, and TFDS prepares it again.")
 
 
 def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import data
 import datasets
 from common.errors import UserError
-from datasets import prepared, preparing, progress, sources
+from datasets import prepared, preparing, progress, shapes, sources
 
 
 def contents(file):
@@ -102,6 +102,32 @@ def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch)
     for name in ("x" * 300, "/" + "x" * 300, "no/" + "x" * 300):
         with pytest.raises(UserError, match="too long a name"):
             sources.prepared_name(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("dataset_info.json", b"{", b"["),
+        ("dataset_info.json", b"splits", b"split\xff"),
+        ("dataset_info.json", b"{SHARD_X_OF_Y}", b"{SHARD_X_OF_Z}"),
+        ("dataset_info.json", b"{SPLIT}", b"{SPLJT}"),
+        ("dataset_info.json", b"{SPLIT}", b"|SPLIT}"),
+        ("dataset_info.json", b'"20"', b'"-0"'),
+        ("shapes-train.tfrecord-00000-of-00001", b"label", b"lable"),
+    ],
+)
+def test_a_damaged_tfds_set_is_one_sentence(tmp_path, monkeypatch, file, old, new):
+    monkeypatch.setattr(shapes.Shapes, "EXAMPLES", {"train": 20, "test": 10})
+    sources.open_source("shapes", str(tmp_path))
+    (folder,) = (tmp_path / "shapes").iterdir()
+    content = (folder / file).read_bytes()
+    assert old in content
+    (folder / file).write_bytes(content.replace(old, new))
+    with pytest.raises(
+        UserError, match=rf"TFDS cannot read shapes in {tmp_path}/shapes.* \(.*\); delete that folder, and"
+    ):
+        source = sources.open_source("shapes", str(tmp_path))
+        assert [len(list(source.files(split))) for split in ("train", "test")] == [20, 10]
 
 
 MINIATURE = """
