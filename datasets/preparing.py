@@ -58,6 +58,8 @@ def prepare(
     final = directory(data_dir, name, size)
     if again or not os.path.isdir(final):  # noqa: PTH112 -- a Path raises where it may not look
         with locks.hold(pathlib.Path(data_dir) / "prepared" / f".{name}.lock"):
+            if not final.is_dir() and _partial(final, "old").is_dir():  # a kill between the two renames of `_write`
+                _partial(final, "old").rename(final.parent)
             if again and final.is_dir():
                 _check_origin(summary(final), final, dataset_name)
             if again or not final.is_dir():  # another process may have prepared it meanwhile
@@ -88,6 +90,11 @@ def prepare(
     return final
 
 
+def _partial(final: pathlib.Path, name: str = "") -> pathlib.Path:
+    """The folder, or something in it, where a set is written before it gets its name."""
+    return final.parent.with_name(f".{final.parent.name}.partial") / name
+
+
 def _check_origin(found: Summary, final: pathlib.Path, dataset_name: str) -> None:
     """Refuses a set that was prepared from another data set of the same name."""
     if not sources.is_origin(found.origin, dataset_name):
@@ -102,7 +109,7 @@ def _write(
 ) -> None:
     """Writes the records of a source into the folder `final`, whole or not at all; see `prepare`."""
     tf, tfds = tensorflow(), tensorflow_datasets()
-    partial = final.parent.with_name(f".{final.parent.name}.partial")
+    partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)  # an interrupted preparation leaves one
     features = {
         "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg" if size > LOSSLESS_UP_TO else "png"),
@@ -145,9 +152,8 @@ def _write(
         }
         (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
         Records.open(written)  # stores the index, and shows that the set can be read
-        old = partial / "old"
         if final.parent.exists():
-            final.parent.rename(old)
+            final.parent.rename(_partial(final, "old"))
         written.parent.rename(final.parent)
     except Exception as error:  # TFDS wraps some of what TensorFlow raises
         if files.is_full(error):

@@ -88,6 +88,17 @@ def test_a_changed_folder_is_refused_and_can_be_prepared_again(tmp_path, change,
     assert capsys.readouterr().out == ""
 
 
+def test_a_kill_while_the_new_set_takes_the_place_of_the_old_leaves_the_old(tmp_path, capsys):
+    folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
+    first = prepare(folder, tmp_path)
+    partial = tmp_path / "data/prepared/.photos-32.partial"
+    partial.mkdir()
+    first.parent.rename(partial / "old")
+    capsys.readouterr()
+    assert prepare(folder, tmp_path) == first and capsys.readouterr().out == ""
+    assert prepared.Records.open(first).num_examples("train") == 12
+
+
 SAME = {
     "times": lambda folder: [os.utime(file, (1, 1)) for file in folder.rglob("*")],
     "no image": lambda folder: (folder / "train/a/notes.txt").write_text("x"),
