@@ -96,7 +96,7 @@ def test_a_kill_while_the_new_set_takes_the_place_of_the_old_leaves_the_old(tmp_
     first.parent.rename(partial / "old")
     capsys.readouterr()
     assert prepare(folder, tmp_path) == first and capsys.readouterr().out == ""
-    assert prepared.Records.open(first).num_examples("train") == 12
+    assert prepared.Records.open(first).num_examples("train") == 6
 
 
 SAME = {
