@@ -22,22 +22,12 @@ MAPS_BYTES = 8 << 20
 
 
 def _chunk(examples: int, bytes_each: int, limit: int) -> int:
-    """How many examples make a chunk of at most `limit` bytes, or 1; a divisor of `examples` if one is near."""
-    most = min(examples, max(1, limit // bytes_each))
-    divisor = max(n for n in range(1, most + 1) if examples % n == 0)
-    return divisor if 2 * divisor > most else math.ceil(examples / math.ceil(examples / most))
+    """The largest divisor of `examples` of which so many stay within `limit` bytes; 1 at least."""
+    return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
 
 
 def _split(x, chunk):
-    """Cuts examples into chunks; zeros fill the last one."""
-    if short := -len(x) % chunk:
-        x = default.pad(x, 0, 0, short)
     return x.reshape(-1, chunk, *x.shape[1:])
-
-
-def _joined(chunks, examples):
-    """What `_split` cut, in one piece."""
-    return chunks.reshape(-1, *chunks.shape[2:])[:examples]
 
 
 def _chunk_of_maps(x):
@@ -89,7 +79,7 @@ def conv(x, kernel, *, stride, padding):
             folded, folded_kernel, (stride, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return _joined(lax.map(part, _split(x, _chunk_of_patches(x, kernel, output, stride))), len(x))
+    return lax.map(part, _split(x, _chunk_of_patches(x, kernel, output, stride))).reshape(output)
 
 
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
@@ -136,7 +126,7 @@ def _by_chunks(function, *arrays):
     def overwrite(i, parts):
         return lax.dynamic_update_index_in_dim(parts, function(*(v[i] for v in others), parts[i]), i, 0)
 
-    return _joined(lax.fori_loop(0, len(overwritten), overwrite, overwritten), len(x))
+    return lax.fori_loop(0, len(overwritten), overwrite, overwritten).reshape(x.shape)
 
 
 def _across_maps(function, *arrays, k, n, alpha, beta, groups):
@@ -163,7 +153,7 @@ def max_pool_and_places(x, *, window, stride):
     # The loop materialises its outputs; otherwise XLA would recompute them.
     function = functools.partial(default.max_pool_and_places, window=window, stride=stride)
     found = lax.map(function, _split(x, _chunk_of_maps(x)))
-    return jax.tree.map(lambda v: _joined(v, len(x)), found)
+    return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
 
 
 # The whole network.
@@ -171,7 +161,7 @@ def max_pool_and_places(x, *, window, stride):
 
 @functools.cache
 def in_halves(network_class):
-    """A network whose convolutional layers take a batch as two halves, which run side by side.
+    """A network whose convolutional layers take an even batch as two halves, which run side by side.
 
     XLA runs each of its smaller operations on one core; two halves keep two cores busy.
     """
@@ -179,7 +169,7 @@ def in_halves(network_class):
     class InHalves(network_class):
         def convolutional(self, images):
             convolutional = super().convolutional
-            halves = jnp.split(images, [len(images) // 2]) if len(images) > 1 else [images]
+            halves = jnp.split(images, math.gcd(2, len(images)))
             return jnp.concatenate([convolutional(half) for half in halves])
 
     InHalves.__name__ = InHalves.__qualname__ = network_class.__name__

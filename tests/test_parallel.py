@@ -3,7 +3,6 @@
 import functools
 import os
 import platform
-import re
 import subprocess
 import sys
 
@@ -67,10 +66,10 @@ def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, p
     layout = parallel.Layout(devices=jax.devices()[:devices])
     assert layout.towers(2).cores == layout.towers(1).cores == cores // devices
     network = models.build(recipes.narrow().model, layout.towers(2), 67)
-    for count, halves in ((4, {2}), (3, {1, 2}), (1, {1})):
+    for count, divided in ((4, parts), (3, 1)):  # an odd number goes as one
         text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), np.ones((count, 67, 67, 3), np.float32)))
-        found = set(map(int, re.findall(r"f32\[(\d+),67,67,3\]", text)))
-        assert found == ({count} | halves if parts == 2 else {count})
+        assert text.count(f"f32[{count // divided},67,67,3]") > 0
+        assert text.count(f"f32[{count // 2},67,67,3]") == 0 or divided == 2
 
 
 def test_parts_of_the_batch_train_alike(alone, monkeypatch):
