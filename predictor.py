@@ -184,13 +184,9 @@ class Predictor:
     def _has_mean_of(self, records: prepared.Records) -> bool:
         """Whether the run's mean image is that of its training split in `records`.
 
-        A set that is prepared again, with another Pillow perhaps, differs in a fraction of a level. Runs of earlier
-        versions have the mean of the whole split.
+        Runs of earlier versions have the mean of the whole split.
         """
-
-        def close(found):
-            return np.abs(found.mean_image - self.records.mean_image).max() < 1
-
+        close = functools.partial(workdirs.same_mean, self.records)
         split = self.config.dataset.train_split
         return close(records) or close(parts.of_part(records, split, sources.split_names(split)[0]))
 
@@ -249,10 +245,14 @@ def find(names: Iterable[str]) -> list[str | bytes]:
         if name == "-":
             content = sys.stdin.buffer.read() if sys.stdin else b""
             require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
-            listed = filter(None, re.split("[\0\n]", os.fsdecode(content)))
+            listed = list(filter(None, re.split("[\0\n]", os.fsdecode(content))))
+            require(listed, "stdin names no file: it should hold an image, or names of files, one a line.")
             found += [content] if images.is_image(content) else find(listed)
             continue
-        path = pathlib.Path(name).expanduser()
+        try:
+            path = pathlib.Path(name).expanduser()
+        except RuntimeError as error:  # the home of a user who is not there
+            raise UserError(f"{name}: {error}") from None
         require(path.exists(), f"{name} is not there.")
         inside = _inside(path) if path.is_dir() else [str(path)]
         require(inside, f"{name} holds no image files ({' '.join(folders.IMAGE_SUFFIXES)}).")

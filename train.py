@@ -248,7 +248,11 @@ class Trainer:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
                 raise self._diverged(f"Parameters are not finite after step {self.step}")
             known = {"plateau": self.plateau._asdict(), "evaluated": self.evaluated, "meter": self._meter.state()}
-            about = {"config": workdirs.to_json(run.config), "classes": workdirs.classes_checksum(run.records)}
+            about = {
+                "config": workdirs.to_json(run.config),
+                "classes": workdirs.classes_checksum(run.records),
+                "examples": run.records.num_examples(run.config.dataset.train_split),
+            }
             run.checkpoints.save(self.step, state, about | known, error)
         self._saved = self.step
         self._meter.pause()

@@ -12,6 +12,7 @@ Once training has begun, a run saves its state before it ends with 129, 130 or 1
 """
 
 import contextlib
+import fcntl
 import io
 import os
 import signal
@@ -54,7 +55,7 @@ class _Outliving(io.FileIO):
             return super().write(data)
         except OSError as error:
             _send_nowhere(self.fileno())
-            if self.fileno() != 2:
+            if self.fileno() != 2 and sys.stderr:
                 print(f"warning: stdout takes no more ({error.strerror}); the run goes on.", file=sys.stderr)
             return len(data)
 
@@ -74,7 +75,7 @@ def outlive_readers() -> None:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or no file
             stream = getattr(sys, name)
             stream.flush()
-            descriptor = os.dup(1) if stream.fileno() == 1 else stream.fileno()
+            descriptor = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3) if stream.fileno() == 1 else stream.fileno()
             raw = _Outliving(descriptor, "w", closefd=False)
             options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=True)
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
@@ -98,8 +99,9 @@ class StopSignal:
         if number == signal.SIGINT and self.code == SIGNALS[signal.SIGINT]:
             raise KeyboardInterrupt
         self.code = SIGNALS[number]
-        with contextlib.suppress(OSError):  # stderr may lie on a full disk, or its reader may have gone
-            print(f"{signal.Signals(number).name}: saving soon.", file=sys.stderr, flush=True)
+        # Not by print: a signal may come while one is under way. stderr may be closed, or its reader may have gone.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: saving soon.\n".encode())
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():

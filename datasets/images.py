@@ -176,7 +176,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         top = 65535 if image.mode.startswith("I;16") else _top(pixels)
         grey = np.empty(pixels.shape, np.uint8)
         for part in range(0, len(pixels), 1 << 20):  # in one piece it would take 16 bytes a pixel
-            grey[part : part + (1 << 20)] = pixels[part : part + (1 << 20)] * (255 / top)
+            grey[part : part + (1 << 20)] = np.clip(pixels[part : part + (1 << 20)] * (255 / top), 0, 255)
         image = Image.fromarray(grey.reshape(image.height, image.width))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -189,13 +189,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _top(pixels: np.ndarray) -> int:
     """What white is in an image of 32 bits a pixel: its type does not tell, so its values must."""
     low, high = pixels.min(), pixels.max()
-    tops = (1, 255, 65535) if pixels.dtype.kind == "f" else (255, 65535)
-    if not (low >= 0 and high <= tops[-1]):  # or a value is not a number
+    # Fractions may overshoot a little, as they do after a resampling.
+    tops, over = ((1, 255, 65535), 0.1) if pixels.dtype.kind == "f" else ((255, 65535), 0)
+    top = next((top for top in tops if high <= (1 + over) * top), None)
+    if top is None or not low >= -over * top:  # or a value is not a number
         raise Unreadable(
             f"its values reach from {low:g} to {high:g}; images of 32 bits a pixel are taken with values of 0–1 "
             f"(fractions), 0–255 or 0–65535"
         )
-    return next(top for top in tops if high <= top)
+    return top
 
 
 def _square(image: Image.Image, orientation: int, size: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A lock file, by which one process at a time does something."""
+"""Locks between processes: one at a time does something, or many read what none may replace."""
 
 import contextlib
 import fcntl
@@ -28,6 +28,33 @@ def hold(path: pathlib.Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that it removes no other's
+
+
+class Reading:
+    """Keeps a folder from being replaced, until it is closed or the process ends; see `is_read`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Lets it go."""
+        os.close(self._descriptor)
+
+
+def is_read(folder: pathlib.Path) -> bool:
+    """Whether a `Reading` holds this folder, in any process of this machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _locked(path: pathlib.Path):

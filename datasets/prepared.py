@@ -125,7 +125,7 @@ def find_split(splits: Any, split: str, origin: str) -> Any:
         found = splits[split]
     except (KeyError, ValueError, NotImplementedError) as error:
         raise UserError(f"{origin} has no split {split!r}: {error}") from None
-    if not found.num_examples:
+    if found.num_examples <= 0:  # TFDS counts backwards where a part ends before it begins
         raise UserError(f"The split {split!r} of {origin} is empty.")
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common import files
-from common.errors import UserError
+from common.errors import UserError, require
 from datasets import locks, overlaps, sources, tensorflow, tensorflow_datasets
 from datasets.conversion import Conversion
 from datasets.images import LOSSLESS_UP_TO
@@ -47,6 +47,7 @@ def prepare(
       UserError: there is no such data set, more files than allowed are unreadable, the folder cannot be written, it has
         records of something else, or the photographs have changed since.
     """
+    require(data_dir, "The folder for the prepared set has no name: --data_dir= is empty.")
     try:
         if dataset_name.startswith("~"):
             dataset_name = str(pathlib.Path(dataset_name).expanduser())
@@ -62,6 +63,7 @@ def prepare(
                 _partial(final, "old").rename(final.parent)
             if again and final.is_dir():
                 _check_origin(summary(final), final, dataset_name)
+                _check_unread(final)
             if again or not final.is_dir():  # another process may have prepared it meanwhile
                 source = sources.open_source(dataset_name, data_dir, manual_dir, train_split)
                 sources.check_split(train_split, source.counts, source.origin)
@@ -102,6 +104,11 @@ def _check_origin(found: Summary, final: pathlib.Path, dataset_name: str) -> Non
             f"{final.parent} was prepared from {found.origin}, not from {dataset_name}; delete it, or rename one of "
             f"the two data sets."
         )
+
+
+def _check_unread(final: pathlib.Path) -> None:
+    """Refuses to replace a set under a run, which would read the new files by the old index; raises `UserError`."""
+    require(not locks.is_read(final), f"{final.parent} is read by a run of main.py; wait for its end, or stop it.")
 
 
 def _write(
@@ -153,6 +160,7 @@ def _write(
         (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
         Records.open(written)  # stores the index, and shows that the set can be read
         if final.parent.exists():
+            _check_unread(final)
             final.parent.rename(_partial(final, "old"))
         written.parent.rename(final.parent)
     except Exception as error:  # TFDS wraps some of what TensorFlow raises

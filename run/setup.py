@@ -17,8 +17,8 @@ import models
 import optimizer
 import parallel
 import update
-from common.errors import UserError, shown
-from datasets import opening, prepared
+from common.errors import UserError, require, shown
+from datasets import locks, opening, prepared
 from run import processes, schema, workdirs
 
 
@@ -33,6 +33,7 @@ class Run:
       known: what a checkpoint knows besides the state, {} for a new run: 'config', 'plateau' (of `optimizer.Plateau`),
         'evaluated' (the step of the last evaluation) and 'meter' (of `metrics.Meter`).
       checkpoints, lock: in the first process only; None in the others, which touch nothing in the workdir.
+      reading: keeps the prepared set from being replaced.
     """
 
     config: Any
@@ -46,15 +47,15 @@ class Run:
     known: dict[str, Any] = dataclasses.field(default_factory=dict)
     checkpoints: checkpoint.Checkpoints | None = None
     lock: IO | None = None
+    reading: locks.Reading | None = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.checkpoints:
-            self.checkpoints.close()
-        if self.lock:
-            self.lock.close()
+        for held in (self.checkpoints, self.lock, self.reading):
+            if held:
+                held.close()
 
 
 def set_up(config, workdir: str | pathlib.Path) -> Run:
@@ -81,6 +82,7 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     rates.check(shapes.params)
     _compare_processes(config, records)
     run = Run(config, workdir, layout, records, durations, rates, shapes)
+    run.reading = locks.Reading(records.directory)
     run.state = blank(shapes)
     if is_first:
         _open_workdir(run)
@@ -136,11 +138,16 @@ def _open_workdir(run: Run) -> None:
 
     run.lock = workdirs.lock(run.workdir)
     workdirs.check(run.config, run.workdir)  # again: another run may have begun here since the first check
-    workdirs.check_classes(run.records, run.workdir)
+    workdirs.check_dataset(run.records, run.workdir)
     run.checkpoints = checkpoint.Checkpoints(run.workdir)
     if restored := run.checkpoints.restore_latest(run.shapes):
         run.state, run.known = restored
         workdirs.check_checkpoint(run.known, run.config, run.records, run.workdir)
+        begun, here = run.known.get("examples"), run.records.num_examples(run.config.dataset.train_split)
+        require(
+            begun in (None, here),  # checkpoints of earlier versions do not say
+            f"{run.workdir} was begun on {begun} training images, and now there are {here:,}; take a new --workdir.",
+        )
     workdirs.write_config(run.config, run.workdir)
     workdirs.write_dataset(run.records, run.workdir)
     if restored:

@@ -69,10 +69,11 @@ class Watch:
         self._all_know.wait()
 
     def _watch(self):
-        heard = {k: ("", time.monotonic()) for k in self._others}
+        heard, silent, before = dict.fromkeys(self._others, ""), dict.fromkeys(self._others, 0.0), time.monotonic()
         for beat in itertools.count():
             answered = threading.Event()
-            threading.Thread(target=self._doubt, args=[answered], daemon=True).start()
+            if self._index:
+                threading.Thread(target=self._doubt, args=[answered], daemon=True).start()
             try:
                 self._set("alive", str(beat))
                 alive, failed = self._get("alive"), self._get("failed")
@@ -83,13 +84,15 @@ class Watch:
             answered.set()
             if self._closed.is_set():
                 return
-            for k, (last, since) in heard.items():
+            # A longer time is one in which this process was suspended, perhaps together with the others.
+            passed, before = min(time.monotonic() - before, 2), time.monotonic()
+            for k in self._others:
                 now = alive.get(k, "")
+                silent[k] = 0 if now != heard[k] or now == "ended" else silent[k] + passed
+                heard[k] = now
                 if k in failed:
                     self.noticed = failed[k] if not alive else f"Process {k}: {failed[k].rstrip('.')}"
-                elif now != last:
-                    heard[k] = now, time.monotonic()
-                elif now != "ended" and time.monotonic() - since > SILENCE:
+                elif silent[k] > SILENCE:
                     self.noticed = GONE.format(f"Process {k}")
             if self.noticed:
                 if self._index == 0:
@@ -97,10 +100,12 @@ class Watch:
                 exits.fail(f"{self.noticed}.")
 
     def _doubt(self, answered):
-        """Ends this process if process 0 refuses connections and does not answer, or has not answered for SILENCE s."""
-        limit = time.monotonic() + SILENCE
-        while not answered.wait(DOUBT):
-            if self._refused() or time.monotonic() > limit:
+        """Ends this process if process 0 does not answer and refuses connections, or does not answer for SILENCE s."""
+        # Counted, because a clock also runs while this process is suspended.
+        for waits in itertools.count(1):
+            if answered.wait(DOUBT):
+                return
+            if self._refused() or waits * DOUBT >= SILENCE:
                 exits.fail(f"{GONE.format('Process 0')}.")
 
     def _refused(self):

@@ -156,17 +156,32 @@ def write_config(config, workdir: pathlib.Path) -> None:
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 
-def check_classes(records: prepared.Records, workdir: pathlib.Path) -> None:
-    """Refuses a workdir whose run was begun on other classes, and names them; raises `UserError`."""
-    begun = here = records.class_names
+def check_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
+    """Refuses a workdir whose run was begun on other classes, which it names, or other images; raises `UserError`."""
+    stored = records
     with contextlib.suppress(UserError):  # it is missing, or damaged and replaced now
-        begun = read_dataset(workdir).class_names
+        stored = read_dataset(workdir)
+    begun, here = stored.class_names, records.class_names
     if begun != here:
         only_there, only_here = sorted(set(begun) - set(here)), sorted(set(here) - set(begun))
         raise UserError(
             f"{workdir} was begun with other classes than {records.directory} has; take a new --workdir. "
             f"Only there: {shown(only_there)}; only here: {shown(only_here)}."
         )
+    require(
+        same_mean(stored, records),
+        f"{workdir} was begun on other images than {records.directory} has: their mean image is another. Take a new "
+        f"--workdir.",
+    )
+
+
+def same_mean(one: prepared.Records, other: prepared.Records) -> bool:
+    """Whether two sets have the same mean image.
+
+    A set that is prepared again, with another Pillow perhaps, differs in a fraction of a level.
+    """
+    shapes = one.mean_image.shape == other.mean_image.shape
+    return shapes and bool(np.abs(one.mean_image - other.mean_image).max() < 1)
 
 
 def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
@@ -189,7 +204,7 @@ def check_checkpoint(meta: dict[str, Any], config, records: prepared.Records, wo
       meta: of the checkpoint. Those of earlier versions know nothing of the classes.
       config, records: of the run, or what config.json and dataset.npz hold.
     """
-    stored, ours = schema.completed(meta["config"]), to_json(config)
+    stored, ours = to_json(ml_collections.ConfigDict(schema.completed(meta["config"]))), to_json(config)
     if differ := differences(stored, ours, CONTINUABLE, ("in the checkpoint", "here")):
         raise UserError(f"The checkpoints of {workdir} are of another config. Different: {differ}.")
     same = meta.get("classes", classes_checksum(records)) == classes_checksum(records)

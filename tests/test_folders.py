@@ -13,7 +13,7 @@ import pytest
 import data
 from common.errors import UserError
 from configs import alexnet
-from datasets import conversion, opening, prepared, preparing, sources
+from datasets import conversion, locks, opening, prepared, preparing, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -97,6 +97,20 @@ def test_a_kill_while_the_new_set_takes_the_place_of_the_old_leaves_the_old(tmp_
     capsys.readouterr()
     assert prepare(folder, tmp_path) == first and capsys.readouterr().out == ""
     assert prepared.Records.open(first).num_examples("train") == 6
+
+
+def test_a_set_is_not_replaced_under_a_run(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
+    reading = locks.Reading(prepare(folder, tmp_path))
+    assert "photos-32 is read by a run of main.py; wait" in sentence(prepare, folder, tmp_path, again=True)
+    assert prepare(folder, tmp_path)
+    reading.close()
+    prepare(folder, tmp_path, again=True)
+
+
+def test_a_prepared_set_needs_a_place(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
+    assert "--data_dir= is empty" in sentence(preparing.prepare, str(folder), data_dir="")
 
 
 SAME = {

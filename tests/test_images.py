@@ -198,9 +198,10 @@ def signed(values):
 @pytest.mark.parametrize(
     ("file", "top"),
     [(tiff(RAMP * top, np.float32), top) for top in (1, 255, 65535)]
+    + [(tiff(RAMP * 1.0002 - 0.0001, np.float32), 1)]
     + [(tiff(RAMP * top, np.int32), top) for top in (255, 65535)]
     + [(signed(RAMP * 32767), 32767)],
-    ids=["fractions", "float bytes", "float words", "bytes", "words", "int16"],
+    ids=["fractions", "float bytes", "float words", "overshoot", "bytes", "words", "int16"],
 )
 def test_the_values_of_images_without_a_range_tell_it(file, top):
     expected = RAMP * (255 / 2 if top == 32767 else 255)
@@ -212,7 +213,7 @@ def test_the_values_of_images_without_a_range_tell_it(file, top):
     [
         (tiff(RAMP * 2e9, np.int32), "from 0 to 2e+09"),
         (tiff(RAMP * 200 - 100, np.int32), "from -100 to 100"),
-        (tiff(RAMP * 65536, np.float32), "from 0 to 65536"),
+        (tiff(RAMP * 80000, np.float32), "from 0 to 80000"),
         (tiff(RAMP - 0.5, np.float32), "from -0.5 to 0.5"),
         (tiff(np.where(RAMP < 1, RAMP, np.nan), np.float32), "from nan to nan"),
         (tiff(np.where(RAMP < 1, RAMP, np.inf), np.float32), "from 0 to inf"),

@@ -140,6 +140,32 @@ def test_a_log_on_a_full_disk_does_not_end_a_run(folder, undisturbed):
     runs.assert_same(folder / "unlogged", undisturbed[0], STEPS)
 
 
+def test_a_signal_may_come_while_something_is_printed(monkeypatch):
+    """Python refuses a second print into a stream then, with a RuntimeError."""
+
+    class Busy:
+        def write(self, _):
+            raise RuntimeError("reentrant call")
+
+        flush = write
+
+    signals = exits.StopSignal()
+    with signals:
+        monkeypatch.setattr("sys.stderr", Busy())
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.code == 143
+
+
+def test_output_outlives_its_reader_without_stderr():
+    """stdin and stderr closed, so that files take their numbers."""
+    program = "from common import exits; exits.outlive_readers(); [print('x' * 1000) for _ in range(999)]; print('end')"
+    command = ["sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=runs.ROOT) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 0
+
+
 def test_nohup_is_respected():
     """SIGHUP ignored from before stays ignored."""
     signals = exits.StopSignal()

@@ -16,6 +16,7 @@ import predictor
 import reference
 import runs
 from common.errors import UserError
+from configs import base
 from datasets import prepared, preparing, wordnet
 from predictor import Predictor
 from run import setup, workdirs
@@ -282,6 +283,27 @@ def test_a_config_that_is_not_the_checkpoints_is_refused(workdir, tmp_path, fiel
     workdirs.write_config(config, tmp_path / "copy")
     with pytest.raises(UserError, match=f"checkpoints of .* are of another config. Different: {field}"):
         Predictor(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "says"), [(["~nobody-here/x"], b"", "~nobody-here/x"), (["-"], b"\n\n", "names no file")]
+)
+def test_names_of_nothing_are_one_sentence(workdir, names, given, says):
+    done = runs.run_tool("predict", f"--workdir={workdir}", *names, stdin=given, expect=2)
+    assert says in runs.sentence(done.stderr)
+
+
+def test_a_run_from_before_a_field_was_added_goes_on(workdir, tmp_path):
+    """The neutral values of newer fields stand in for it, tuples among them."""
+    meta = {"config": workdirs.to_json(workdirs.read_config(workdir))}
+    like = workdirs.to_json(base.get_config())
+    newer = [(section, name) for section, fields in like.items() if isinstance(fields, dict) for name in fields]
+    config = workdirs.read_config(workdir)
+    for section, name in newer:
+        if meta["config"][section][name] == like[section][name]:
+            del meta["config"][section][name]
+    assert "lighting_again" not in meta["config"]["input"] and "layers" not in meta["config"]["schedule"]
+    workdirs.check_checkpoint(meta, config, workdirs.read_dataset(workdir), workdir)
 
 
 def test_classes_that_are_not_the_checkpoints_are_refused(workdir, tmp_path):

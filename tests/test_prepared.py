@@ -82,6 +82,12 @@ def test_slices_part_a_split(small, percent):
     assert len(set(map(tuple, joined.rows))) == TRAIN + TEST
 
 
+@pytest.mark.parametrize("split", ["train[5:2]", "train[:0]", "train[90%:10%]"])
+def test_a_part_without_images_is_refused(small, split):
+    with pytest.raises(UserError, match="is empty"):
+        small.num_examples(split)
+
+
 def test_opening_checks_both_splits(small):
     config = config_of(small.directory.parents[3], eval_split="tests")
     with pytest.raises(UserError, match=r"has no split 'tests': did you mean test\?"):

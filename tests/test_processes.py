@@ -187,6 +187,21 @@ def test_no_process_waits_for_one_that_is_gone(folder, victim, stop):
 
 
 @pytest.mark.slow
+def test_processes_that_were_suspended_together_go_on(folder):
+    """As by Ctrl-Z, a suspended job or a paused container: longer than a process may be silent."""
+    with pair(folder, folder / "suspended", "--config.num_steps=100000") as processes:
+        runs.until(processes[0], 3)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in processes:
+                process.send_signal(number)
+            time.sleep(25 if number == signal.SIGSTOP else 10)
+        assert all(process.is_alive() for process in processes)
+        processes[0].send_signal(signal.SIGTERM)
+        said = processes[0].stdout.read(), processes[1].stdout.read()
+        assert [process.wait(60) for process in processes] == [143, 143], said
+
+
+@pytest.mark.slow
 def test_what_stops_one_process_is_said_by_both(folder, alone):
     """The second process reads a copy of the data, in which every training record has one bit changed."""
     copy = shutil.copytree(folder / "cache", folder / "copy")

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 import data
 import evaluate
@@ -196,6 +197,31 @@ def test_checkpoints_of_another_config_are_refused_though_its_file_is_gone(folde
     assert not (workdir / "config.json").exists()
     runs.run(folder, workdir, "--config.num_steps=10")
     assert (workdir / "config.json").exists()
+
+
+def test_other_images_cannot_go_on(folder, tmp_path):
+    """Another number of the same classes, or another mean image; and none can come while a run reads."""
+    root = runs.photographs(tmp_path)
+    runs.run(root, root / "run", "--config.num_steps=5")
+    prepare = ("prepare", f"--dataset={root / 'photos'}", f"--data_dir={root / 'cache'}", "--size=80", "--again")
+
+    for file in (root / "photos").rglob("*.jpg"):
+        shutil.copy(file, file.with_suffix(".jpeg"))  # the mean image stays
+    runs.run_tool(*prepare)
+    done = runs.run(root, root / "run", "--config.num_steps=6", expect=2)
+    assert "was begun on 30 training images, and now there are 60" in runs.sentence(done.stderr)
+
+    for file in (root / "photos").rglob("*.jpeg"):
+        file.unlink()
+    for file in (root / "photos").rglob("*.jpg"):
+        ImageOps.invert(Image.open(file)).save(file)
+    runs.run_tool(*prepare)
+    done = runs.run(root, root / "run", "--config.num_steps=6", expect=2)
+    assert "was begun on other images than" in runs.sentence(done.stderr)
+
+    with runs.start(root, root / "other", "--config.num_steps=10000") as process:
+        runs.until(process, 1)
+        assert "is read by a run of main.py" in runs.sentence(runs.run_tool(*prepare, expect=2).stderr)
 
 
 def test_a_run_that_is_done_has_nothing_left(folder, whole):
