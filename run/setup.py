@@ -146,7 +146,7 @@ def _open_workdir(run: Run) -> None:
         begun, here = run.known.get("examples"), run.records.num_examples(run.config.dataset.train_split)
         require(
             begun in (None, here),  # checkpoints of earlier versions do not say
-            f"{run.workdir} was begun on {begun} training images, and now there are {here:,}; take a new --workdir.",
+            f"{run.workdir} was begun on {begun} training images, and now there are {here}; take a new --workdir.",
         )
     workdirs.write_config(run.config, run.workdir)
     workdirs.write_dataset(run.records, run.workdir)
