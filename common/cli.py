@@ -69,7 +69,8 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
             exits.leave(exits.DEFECT)
 
     if any(argument in HELP for argument in _options(sys.argv)):
-        print(_help(main, takes))
+        with contextlib.suppress(BrokenPipeError):  # its reader may be `head`
+            print(_help(main, takes), flush=True)
         exits.leave(0)
     app.run(guarded, flags_parser=_parse)
 

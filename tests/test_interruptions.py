@@ -166,6 +166,13 @@ def test_output_outlives_its_reader_without_stderr():
         assert process.wait(60) == 0
 
 
+def test_help_outlives_its_reader():
+    command = [sys.executable, str(runs.ROOT / "main.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
 def test_nohup_is_respected():
     """SIGHUP ignored from before stays ignored."""
     signals = exits.StopSignal()
