@@ -43,7 +43,8 @@ def start_devices() -> None:
     """
     try:
         devices = jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # the second, without words, for a platform that needs a plugin
+    except (RuntimeError, AssertionError) as error:
+        # For a platform whose plugin is not installed, JAX fails an assertion that has no message.
         reason = " ".join(str(error).split()) or "JAX has no plugin for it"
         raise UserError(
             f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX cannot use it here ({shortened(reason)}); without this "

@@ -11,13 +11,15 @@ from common.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: pathlib.Path, name: str = "partial") -> Iterator[pathlib.Path]:
     """Yields a path to write to; what is written there takes the place of `path` in one step, if nothing fails.
+
+    `name` ends the name of what is written; processes that may write at once need names of their own.
 
     Raises:
       UserError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{name}")
     try:
         try:
             yield partial
@@ -33,14 +35,8 @@ def store_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Several processes may do so at once.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with contextlib.suppress(OSError):
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with contextlib.suppress(UserError), replacing(path, secrets.token_hex(4)) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def is_full(error: BaseException | None) -> bool:

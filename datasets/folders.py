@@ -64,8 +64,9 @@ def contents(root: pathlib.Path) -> dict[str, str]:
     """What tells whether a folder has changed, by 'SPLIT/CLASS': the number of its images, and a hash of their names
     and sizes.
 
-    Their bytes are not read: on a local disk 100,000 files take 0.3 s, and 0.7 s when nothing of them is cached. An
-    image that is edited in place nearly always gets another size. Times do not count: those of a copy may differ.
+    Their bytes are not read: on a local disk 100,000 files take 0.3 s, which this measures:
+    `python -m timeit -s "import pathlib; from datasets import folders" "folders.contents(pathlib.Path('ROOT'))"`.
+    An image that is edited in place nearly always gets another size. Times do not count: those of a copy may differ.
 
     Raises:
       OSError: it cannot be listed.

@@ -68,9 +68,6 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
     # It would take SIGTERM for itself, and a start could not be stopped before it trains; see `Stop`.
     jax.config.update("jax_enable_preemption_service", False)
     delay_aborts()
-    # The watch needs it. Imported later, it would leave a second in which a lost process is not noticed.
-    from orbax.checkpoint import multihost  # noqa: F401
-
     try:
         with _patience(awaited):
             jax.distributed.initialize(

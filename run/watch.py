@@ -9,6 +9,7 @@ import threading
 import time
 
 import jax
+from orbax.checkpoint import multihost
 
 from common import exits
 
@@ -23,8 +24,6 @@ GONE = (
 
 def store():
     """JAX's store of keys and values, which all processes of a run share; process 0 keeps it."""
-    from orbax.checkpoint import multihost
-
     return multihost.get_jax_distributed_client()
 
 

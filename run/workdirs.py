@@ -204,7 +204,7 @@ def check_checkpoint(meta: dict[str, Any], config, records: prepared.Records, wo
       meta: of the checkpoint. Those of earlier versions know nothing of the classes.
       config, records: of the run, or what config.json and dataset.npz hold.
     """
-    stored, ours = to_json(ml_collections.ConfigDict(schema.completed(meta["config"]))), to_json(config)
+    stored, ours = to_json(_config(meta["config"], workdir)), to_json(config)
     if differ := differences(stored, ours, CONTINUABLE, ("in the checkpoint", "here")):
         raise UserError(f"The checkpoints of {workdir} are of another config. Different: {differ}.")
     same = meta.get("classes", classes_checksum(records)) == classes_checksum(records)

@@ -365,8 +365,8 @@ def test_five_thousand_steps_leave_no_trace(folder, tmp_path):
     def typical(rows, column):
         return sorted(row[column] for row in rows)[len(rows) // 2]
 
-    # A batch that is kept would be 108 kB a step, half a gigabyte in all. TensorFlow's summaries keep 7 MB for so many
-    # values, and what glibc gives back to the system differs by a few per cent from run to run.
+    # A batch that is kept would be 108 kB a step, half a gigabyte in all. TensorFlow's summaries keep a little for each
+    # value, and what glibc gives back to the system differs by a few per cent from run to run.
     assert typical(end, 0) < 1.1 * typical(middle, 0), "memory of the host grows"
     assert typical(end, 1) <= typical(middle, 1), "open files grow"
     assert typical(end, 2) <= typical(middle, 2), "memory of the devices grows"
