@@ -99,6 +99,7 @@ class Towers:
         """Cuts the maps of the towers here, (..., share), into one array per tower."""
         return jnp.split(maps, self.here, axis=-1) if self.here > 1 else [maps]
 
+    @jax.named_scope("exchange")
     def join(self, maps: jax.Array) -> jax.Array:
         """The exchange: from the maps of the towers here to those of *all* towers of the network."""
         if not self.split_over_devices:
@@ -266,6 +267,7 @@ class Layout:
 
         return along
 
+    @jax.named_scope("rows")
     def gather_rows(self, batch: Tree) -> Tree:
         """The rows of this device's network: its own, and those on the device of the other tower."""
         if self.devices_per_network == 1:
@@ -278,12 +280,14 @@ class Layout:
         network = jax.lax.axis_index(AXIS) // self.devices_per_network
         return network * count + jnp.arange(count)
 
+    @jax.named_scope("replicas")
     def mean(self, tree: Tree) -> Tree:
         """The mean over the networks, tower by tower."""
         if self.networks == 1:
             return tree
         return jax.lax.pmean(tree, AXIS, axis_index_groups=self._network_groups)
 
+    @jax.named_scope("replicas")
     def sum(self, tree: Tree) -> Tree:
         """The sum over the networks, tower by tower."""
         if self.networks == 1:

@@ -73,22 +73,25 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
                 rngs={"dropout": key},
             )
             activations.popitem()  # the logits
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-            top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
+            with jax.named_scope("loss"):
+                loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+                top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
             # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
             return loss / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
 
         gradients, (values, activations) = jax.grad(loss_of, has_aux=True)(state.params)
         gradients, values = layout.mean((gradients, values))
-        measured = {
-            # Not under a condition: that would copy the gradients, while a sum reads them in passing.
-            "gradients": {layer: sum(map(_square, leaves.values())) for layer, leaves in gradients.items()},
-            "dead_units": {
-                layer: jax.lax.cond(measure, lambda x: jnp.mean(x == 0), lambda x: jnp.float32(0), maps)
-                for layer, maps in activations.items()
-            },
-        }
+        with jax.named_scope("measure"):
+            measured = {
+                # Not under a condition: that would copy the gradients, while a sum reads them in passing.
+                "gradients": {layer: sum(map(_square, leaves.values())) for layer, leaves in gradients.items()},
+                "dead_units": {
+                    layer: jax.lax.cond(measure, lambda x: jnp.mean(x == 0), lambda x: jnp.float32(0), maps)
+                    for layer, maps in activations.items()
+                },
+            }
 
+        @jax.named_scope("update")
         def update(gradients, opt_state, params):
             updates, opt_state = rule.update(
                 gradients, opt_state, params, rates=rates.tree(params, state.step, rate_factor)

@@ -33,6 +33,7 @@ def cut(images: jax.Array, place: jax.Array, crop: int) -> jax.Array:
     return jax.lax.dynamic_slice(images, (0, place[0], place[1], 0), (images.shape[0], crop, crop, 3))
 
 
+@jax.named_scope("images")
 def to_input(
     images: jax.Array,
     mean_image: np.ndarray,

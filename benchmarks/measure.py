@@ -129,14 +129,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, values: dict[str, Any]) -> None:
-    """Prints the JSON line that ends a benchmark, its numbers to four digits."""
+def report(name: str, values: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
+    """Prints the JSON line that ends a benchmark, its numbers to four digits; `origin` is by default this machine."""
 
     def rounded(value):
         if isinstance(value, dict):
             return {key: rounded(item) for key, item in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [rounded(item) for item in value]
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
-    print(json.dumps({"benchmark": name} | rounded(values) | machine()), flush=True)
+    print(json.dumps({"benchmark": name} | rounded(values) | (origin or machine())), flush=True)
