@@ -4,7 +4,7 @@
 # changed, another DEVICES is asked for, or the set-up was cut short: .venv/ready-* is written last.
 #   DEVICES=cpu|gpu|tpu   the JAX to install; without it the one already installed, or what this machine has
 #   PYTHON=…              the interpreter to use
-#   ARGS=…                further arguments for pytest, such as ARGS='-k towers'
+#   ARGS=…                further arguments for pytest, such as ARGS='-k towers', or those of `compiled`
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 
@@ -36,6 +36,18 @@ python := .venv/bin/python
 # A few workers are enough: each one's XLA uses all cores when it has work.
 workers := -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
+# Compilers for accelerators that need not be here, each in an environment of its own.
+target := $(patsubst --target=%,%,$(filter --target=%,$(ARGS)))
+compiler := $(if $(filter v4 v5e v5p v6e,$(target)),tpu,$(if $(filter a100 h100,$(target)),gpu))
+size_compiler_tpu := 1.5 GB of disk, one to three minutes
+size_compiler_gpu := 6 GB of disk, 3 GB of it CUDA to download, five to fifteen minutes
+compiled := .venv-compiled-$(compiler)
+ifneq ($(filter compiled,$(MAKECMDGOALS)),)
+ifeq ($(compiler),)
+$(error ARGS='$(ARGS)' must name a target: --target=v4, v5e, v5p, v6e, a100 or h100)
+endif
+endif
+
 # Without an accelerator the demo shows the two towers on two simulated devices.
 demo_flags_cpu := --cpu_devices=2
 
@@ -57,6 +69,10 @@ test: $(ready)  ## set up and run the tests, except the slow ones
 test-slow: $(ready)  ## the tests that take minutes
 	$(python) -m pytest -m slow $(ARGS)
 
+.PHONY: compiled
+compiled: $(compiled)/ready  ## what XLA says of TPUs and GPUs that are not here: ARGS='--target=v5e --devices=2 …'
+	@$(compiled)/bin/python -m benchmarks.compiled $(ARGS)
+
 .PHONY: lint
 lint: $(ready)  ## check format and style
 	$(python) -m ruff format --check .
@@ -72,7 +88,7 @@ setup: $(ready)  ## make .venv; the commands above do it when needed
 
 .PHONY: clean
 clean:  ## remove .venv and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compiled-* .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./data -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -print | xargs rm -rf
 
 # Answers "ok PATH" or the reason why this Python cannot be used. PATH is the interpreter below any environment that is
@@ -91,10 +107,8 @@ print("ok " + getattr(sys, "_base_executable", sys.executable))
 endef
 export check_python
 
-ifneq ($(shell [ -x $(python) ] && echo whole),whole)
-.PHONY: $(ready)
-endif
-$(ready): $(requirements) requirements-cpu.txt requirements-dev.txt constraints.txt
+# Makes an environment: its folder, what it is for, what it costs, and the lists to install.
+define set_up
 	@problem=; for name in $(PYTHON); do \
 	  said=$$($$name -c "$$check_python" 2>/dev/null); \
 	  case $$said in \
@@ -105,9 +119,22 @@ $(ready): $(requirements) requirements-cpu.txt requirements-dev.txt constraints.
 	done; \
 	case $$said in ok*) ;; *) echo "$${problem:-Python 3.11, 3.12 or 3.13 is needed, and there is no python3}." >&2; exit 1 ;; esac; \
 	python=$${said#ok }; \
-	echo "Setting up .venv for the $(DEVICES) with $$python ($(size_$(DEVICES)))"; \
-	rm -rf .venv && "$$python" -m venv .venv
-	@install="$(python) -m pip install -c constraints.txt -r $(requirements) -r requirements-dev.txt"; \
+	echo "Setting up $(1) for $(2) with $$python ($(3))"; \
+	rm -rf $(1) && "$$python" -m venv $(1)
+	@install="$(1)/bin/python -m pip install -c constraints.txt $(4)"; \
 	PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $$install -qq || { \
 	  echo "The set-up stopped. Is the package index in reach? This tells more: $$install" >&2; exit 1; }
 	@touch $@
+endef
+
+ifneq ($(shell [ -x $(python) ] && echo whole),whole)
+.PHONY: $(ready)
+endif
+$(ready): $(requirements) requirements-core.txt requirements-cpu.txt requirements-dev.txt constraints.txt
+	$(call set_up,.venv,the $(DEVICES),$(size_$(DEVICES)),-r $(requirements) -r requirements-dev.txt)
+
+ifneq ($(shell [ -x $(compiled)/bin/python ] && echo whole),whole)
+.PHONY: $(compiled)/ready
+endif
+$(compiled)/ready: requirements-compiled-$(compiler).txt requirements-core.txt constraints.txt
+	$(call set_up,$(compiled),the compiler of $(target),$(size_compiler_$(compiler)),-r requirements-compiled-$(compiler).txt)

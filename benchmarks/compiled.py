@@ -32,7 +32,7 @@ from common.exits import fail
 
 PROGRAMS = ("training", "evaluation")
 # Named scopes of `update`, `views` and `parallel`; and copies between the memories of a TPU, which go on beside the rest.
-SCOPES = ("rows", "images", "exchange", "loss", "replicas", "update", "measure")
+SCOPES = ("rows", "images", "towers", "exchange", "loss", "replicas", "update", "measure")
 TRANSFERS = "to and from VMEM"
 WARNING = "The compiler's estimate for one device; nothing was measured."
 
@@ -85,11 +85,14 @@ def parts(program: hlo.Program, layers: list[str]) -> dict[tuple[str, str], dict
     known = {*layers, *models.STEPS, *SCOPES}
     found = collections.defaultdict(lambda: {"cycles": 0, "bytes": 0})
     for operation, times in program.executed():
-        path = program.origin(operation)
-        names = [name for name in re.findall(r"\w+", path) if name in known]
-        part = TRANSFERS if operation.kind in ("copy-start", "slice-start") else names[-1] if names else "other"
-        direction = "backward" if "transpose(" in path else "forward" if {part} & {*layers, *models.STEPS} else ""
-        values = found[part, "" if part == TRANSFERS else direction]
+        if operation.kind in ("copy-start", "slice-start"):
+            key = TRANSFERS, ""
+        else:
+            places = ((name, path) for path in program.paths(operation) for name in reversed(re.findall(r"\w+", path)))
+            part, path = next((place for place in places if place[0] in known), ("other", ""))
+            forward = "forward" if part in layers or part in models.STEPS else ""
+            key = part, "backward" if "transpose(" in path else forward
+        values = found[key]
         values["cycles"] += times * operation.cycles
         values["bytes"] += times * program.moved(operation)
     order = [*SCOPES[:2], *layers, *models.STEPS, *SCOPES[2:], TRANSFERS, "other"]
@@ -115,7 +118,7 @@ def exchanges(program: hlo.Program) -> list[dict[str, Any]]:
             "begins": float(passed[each.position]),
             "ends": float(passed[each.done]),
         }
-        for each in program.collectives
+        for each in program.collectives()
     ]
 
 
@@ -178,13 +181,16 @@ def show(values: dict[str, Any]) -> None:
         f"memory: {values['memory_gigabytes']:.2f} GB, {values['temporary_gigabytes']:.2f} of it temporary; it {fits} "
         f"into {values['device_memory_gigabytes']:.1f} GB"
     )
+    alike = collections.defaultdict(list)
     for each in values["collectives"]:
-        first, more = each["groups"][0], len(each["groups"]) - 1
+        alike[each["kind"], each["arrays"], each["groups"], each["path"]].append(each)
+    for (kind, arrays, groups, path), several in alike.items():
+        sent, begin, end = sum(each["megabytes_sent"] for each in several), several[0]["begins"], several[-1]["ends"]
         print(
-            f"{each['kind']} of {', '.join(each['arrays'][:3])}{', …' * (len(each['arrays']) > 3)}: "
-            f"{each['megabytes']:.3f} MB, {each['megabytes_sent']:.3f} sent, devices {shortened(str(list(first)))}"
-            f"{f' and {more} more groups' * (more > 0)}, from {each['begins']:.0%} to {each['ends']:.0%} of the work, "
-            f"{each['path'] or 'made by the compiler'}"
+            f"{f'{len(several)} × ' if len(several) > 1 else ''}{kind} of {', '.join(arrays[:3])}"
+            f"{f' and {len(arrays) - 3} more' if len(arrays) > 3 else ''}: {sent:.3f} MB sent, {len(groups)} × "
+            f"{len(groups[0])} devices, {shortened(str(groups[0]))}; {begin:.0%} to {end:.0%} of the work; "
+            f"{path or 'made by the compiler'}"
         )
     if values["collectives"]:
         print(f"exchange: {values['megabytes_sent']:.1f} MB sent, {values['exchange_ms']:.3f} ms over all links")

@@ -5,7 +5,6 @@ the branch that moves less, and what is called. A fusion is one operation; insid
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -177,40 +176,59 @@ class Program:
         return sum(array.size for array in (*taken, *given) if array.outside)
 
     def inside(self, operation: Operation) -> Iterator[Operation]:
-        """Yields the operations of a fusion, those of fusions in it too."""
+        """Yields the operations of a fusion, the last first, and those of fusions in it."""
         for name in operation.called if operation.kind == "fusion" else ():
-            for each in self.computations[name]:
+            for each in reversed(self.computations[name]):
                 yield each
                 yield from self.inside(each)
 
-    def origin(self, operation: Operation) -> str:
-        """The path of an operation: of a fusion that of its product, else its own, else that of what it takes."""
-        paths = [each.path for each in self.inside(operation) if each.kind in ("convolution", "dot")]
-        while not (path := next(filter(None, (*paths, operation.path)), "")) and operation.operands:
-            operation = self._by_name[operation.operands[0]]
-        return path
+    def paths(self, operation: Operation) -> Iterator[str]:
+        """Yields the paths that tell where an operation stems from, the best first.
 
-    @functools.cached_property
+        They are those of a fusion's products, of what gives its largest result, its own, those of all inside of it, and
+        those of what it takes.
+        """
+        inner = list(self.inside(operation))
+        yield from (each.path for each in inner if each.kind in ("convolution", "dot"))
+        if inner and inner[0].kind == "tuple":
+            given = [self._by_name[name] for name in inner[0].operands]
+            yield max(given, key=lambda each: sum(array.size for array in each.results)).path
+        yield operation.path
+        yield from (each.path for each in inner)
+        if operation.operands:
+            yield from self.paths(self._by_name[operation.operands[0]])
+
     def collectives(self) -> list[Collective]:
         """The exchanges between devices, in the order in which they begin."""
-        steps, found = list(self.executed()), []
-        for position, (operation, times) in enumerate(steps):
+        begun, done = {}, {}
+        for position, (operation, times) in enumerate(self.executed()):
             for each in (operation, *self.inside(operation)):
-                kind = each.kind.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                arrays = max((self.operands(each), self._gathered(each)), key=lambda some: sum(a.size for a in some))
-                waits = (i for i, (later, _) in enumerate(steps) if later.kind == f"{kind}-done" and each.name in later.operands)
-                shapes = tuple(f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in arrays)
-                size = sum(array.size for array in arrays)
-                done = next(waits, position + 1)
-                found.append(Collective(kind, shapes, size, _groups(each), self.origin(each), position, done, times))
-        return found
+                if each.kind.removesuffix("-done") in COLLECTIVES and each.kind.endswith("-done"):
+                    done[each.operands[0]] = position
+                elif each.kind.removesuffix("-start") in COLLECTIVES:
+                    # A TPU hides an exchange behind several fusions, which all name it.
+                    key = each.attribute(r'chain_id="(\d+)"') or each.name
+                    begun.setdefault(key, (each, operation, position, times))
+                    done[key] = position + 1
+        return [self._collective(*values, done[key]) for key, values in begun.items()]
 
-    def _gathered(self, operation):
-        given = [array for array in operation.results if array.shape]
-        started = operation.kind.endswith("-start") and operation.kind != "all-reduce-start"
-        return given[len(self.operands(operation)) :] if started else given
+    def _collective(self, operation, outer, position, times, done):
+        kind = operation.kind.removesuffix("-start")
+        taken, given = self.operands(operation), list(operation.results)
+        if operation.kind.endswith("-start") and kind != "all-reduce":
+            # The result names the operands too, and semaphores.
+            given = [array for array in given if array.shape][len(taken) :]
+        arrays = max((taken, given), key=lambda some: sum(array.size for array in some))
+        return Collective(
+            kind=kind,
+            shapes=tuple(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in arrays),
+            size=sum(array.size for array in arrays),
+            groups=_groups(operation),
+            path=next(filter(None, (*self.paths(operation), *self.paths(outer))), ""),
+            position=position,
+            done=done,
+            times=times,
+        )
 
 
 def _groups(operation) -> tuple[tuple[int, ...], ...]:
