@@ -31,8 +31,9 @@ from common.errors import UserError, check_name, shortened
 from common.exits import fail
 
 PROGRAMS = ("training", "evaluation")
-# Named scopes of `update`, `views` and `parallel`; and copies between the memories of a TPU, which go on beside the rest.
+# Named scopes of `update`, `views` and `parallel`.
 SCOPES = ("rows", "images", "towers", "exchange", "loss", "replicas", "update", "measure")
+# Copies between the memories of a TPU, which go on beside the rest.
 TRANSFERS = "to and from VMEM"
 WARNING = "The compiler's estimate for one device; nothing was measured."
 
@@ -48,9 +49,7 @@ def lower(program: str, config, layout: parallel.Layout):
 
     if program == "training":
         crop = config.input.crop
-        rows = batch(
-            image=(np.uint8, crop, crop, 3), label=(np.int32,), shift=(np.float32, 3), gain=(np.float32,)
-        )
+        rows = batch(image=(np.uint8, crop, crop, 3), label=(np.int32,), shift=(np.float32, 3), gain=(np.float32,))
         step = update.build_step(config, layout, mean_image, measure.rates(config))
         return step.lower(state, rows, np.float32(1), np.bool_(False))
     rows = batch(image=(np.uint8, *mean_image.shape), label=(np.int32,), mask=(np.float32,))
@@ -77,35 +76,34 @@ def needed_flops(program: str, config, devices: int) -> dict[tuple[str, str], fl
     return found
 
 
-def parts(program: hlo.Program, layers: list[str]) -> dict[tuple[str, str], dict[str, float]]:
-    """Cycles and bytes by (part, direction), what is computed forward first.
+def parts(program: hlo.Program, layers: list[str]) -> list[tuple[str, str]]:
+    """The (part, direction) of each executed operation.
 
     A part is a layer, a step between layers (`models.STEPS`), one of SCOPES, TRANSFERS, or 'other'.
     """
-    known = {*layers, *models.STEPS, *SCOPES}
-    found = collections.defaultdict(lambda: {"cycles": 0, "bytes": 0})
-    for operation, times in program.executed():
+    known, found = {*layers, *models.STEPS, *SCOPES}, []
+    for operation, _ in program.executed():
         if operation.kind in ("copy-start", "slice-start"):
-            key = TRANSFERS, ""
-        else:
-            places = ((name, path) for path in program.paths(operation) for name in reversed(re.findall(r"\w+", path)))
-            part, path = next((place for place in places if place[0] in known), ("other", ""))
-            forward = "forward" if part in layers or part in models.STEPS else ""
-            key = part, "backward" if "transpose(" in path else forward
-        values = found[key]
-        values["cycles"] += times * operation.cycles
-        values["bytes"] += times * program.moved(operation)
-    order = [*SCOPES[:2], *layers, *models.STEPS, *SCOPES[2:], TRANSFERS, "other"]
-    places = {key: (key[1] == "backward", order.index(key[0])) for key in found}
-    return {key: found[key] for key in sorted(found, key=places.get) if any(found[key].values())}
+            found.append((TRANSFERS, ""))
+            continue
+        places = ((name, path) for path in program.paths(operation) for name in reversed(re.findall(r"\w+", path)))
+        part, path = next((place for place in places if place[0] in known), ("other", ""))
+        forward = "forward" if part in layers or part in models.STEPS else ""
+        found.append((part, "backward" if "transpose(" in path else forward))
+    return found
 
 
-def exchanges(program: hlo.Program) -> list[dict[str, Any]]:
-    """What `hlo.Program.collectives` gives; when each begins and ends is a share of the estimated cycles, or bytes."""
+def passed(program: hlo.Program) -> np.ndarray:
+    """The share of the work that is done before each operation, and after the last: of the cycles, or else of bytes."""
     costs = [times * operation.cycles for operation, times in program.executed()]
     if not any(costs):
         costs = [times * program.moved(operation) for operation, times in program.executed()]
-    passed = np.cumsum([0, *costs]) / max(1, sum(costs))
+    return np.cumsum([0, *costs]) / max(1, sum(costs))
+
+
+def exchanges(program: hlo.Program) -> list[dict[str, Any]]:
+    """What `hlo.Program.collectives` gives, and the shares of the work at which each begins and ends."""
+    done = passed(program)
     return [
         {
             "kind": each.kind,
@@ -115,15 +113,15 @@ def exchanges(program: hlo.Program) -> list[dict[str, Any]]:
             "groups": each.groups,
             "path": each.path,
             "times": each.times,
-            "begins": float(passed[each.position]),
-            "ends": float(passed[each.done]),
+            "begins": float(done[each.position]),
+            "ends": float(done[each.done]),
         }
         for each in program.collectives()
     ]
 
 
 def examine(kind: str, config, target: targets.Target, layout: parallel.Layout) -> dict[str, Any]:
-    """Compiles a program, prints what the compiler says of it, and returns it."""
+    """Compiles a program and returns what the compiler says of it."""
     begun = time.perf_counter()
     values = {"program": kind, "batch_size": config.batch_size, "device_memory_gigabytes": target.memory / 1e9}
     try:
@@ -132,55 +130,66 @@ def examine(kind: str, config, target: targets.Target, layout: parallel.Layout) 
         found = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
         if not found:
             raise UserError(f"The compiler refuses it: {shortened(' '.join(str(error).split()))}") from error
-        needed = float(found[1]) * {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}[found[2]] / 1e9
-        print(f"\n{kind}, batch {config.batch_size}: does not fit; it needs {needed:.1f} GB")
-        return values | {"fits": False, "memory_gigabytes": needed}
-    program, flops = hlo.Program(compiled.as_text()), needed_flops(kind, config, layout.size)
-    rows, collectives = parts(program, [layer for layer, _ in flops]), exchanges(program)
-    rates = {"computation": target.product_rate(config.model.dtype), "bandwidth": target.bandwidth}
-    memory, table = compiled.memory_analysis(), []
-    for part, direction in dict.fromkeys([*rows, *flops]):
-        row, operations = rows.get((part, direction), {"cycles": 0, "bytes": 0}), flops.get((part, direction), 0)
-        table.append(
-            {
-                "part": f"{part} {direction}".strip(),
-                "estimated_mega_cycles": row["cycles"] / 1e6,
-                "gigabytes_moved": row["bytes"] / 1e9,
-                "gigaflops": operations / 1e9,
-                "computation_ms": 1e3 * operations / rates["computation"],
-                "bandwidth_ms": 1e3 * row["bytes"] / rates["bandwidth"],
-            }
-        )
-    total = {name: sum(row[name] for row in table) for name in table[0] if name != "part"}
+        needed = float(found[1]) * {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}[found[2]]
+        return values | {"fits": False, "memory_gigabytes": needed / 1e9}
+    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    sent = sum(each["megabytes_sent"] for each in collectives)
-    values |= total | {
+    flops, found = needed_flops(kind, config, layout.size), exchanges(program)
+    table, sent = figures(program, flops, config, target), sum(each["megabytes_sent"] for each in found)
+    backward = [i for i, (_, way) in enumerate(parts(program, [layer for layer, _ in flops])) if way == "backward"]
+    return values | {
+        **{name: sum(row[name] for row in table) for name in table[0] if name != "part"},
         "temporary_gigabytes": memory.temp_size_in_bytes / 1e9,
         "memory_gigabytes": needed / 1e9,
         "fits": needed <= target.memory,
         "megabytes_sent": sent,
         "exchange_ms": 1e9 * sent / target.link,
-        "collectives": collectives,
+        "backward_ends": float(passed(program)[max(backward, default=-1) + 1]),
+        "collectives": found,
         "parts": table,
         "compile_seconds": time.perf_counter() - begun,
     }
-    show(values)
-    return values
+
+
+def figures(program: hlo.Program, flops: dict, config, target: targets.Target) -> list[dict[str, Any]]:
+    """A row for each of `parts` and of `needed_flops`, with the time that it takes at least by either rate."""
+    layers = [layer for layer, _ in flops]
+    order = [*SCOPES[:2], *layers, *models.STEPS, *SCOPES[2:], TRANSFERS, "other"]
+    cycles, moved = collections.Counter(), collections.Counter()
+    for key, (operation, times) in zip(parts(program, layers), program.executed(), strict=True):
+        cycles[key] += times * operation.cycles
+        moved[key] += times * program.moved(operation)
+    table = []
+    for key in sorted({*moved, *flops}, key=lambda key: (key[1] == "backward", order.index(key[0]))):
+        if cycles[key] or moved[key] or key in flops:
+            table.append(
+                {
+                    "part": " ".join(key).strip(),
+                    **({"estimated_mega_cycles": cycles[key] / 1e6} if target.platform == "tpu" else {}),
+                    "gigabytes_moved": moved[key] / 1e9,
+                    "gigaflops": flops.get(key, 0) / 1e9,
+                    "computation_ms": 1e3 * flops.get(key, 0) / target.product_rate(config.model.dtype),
+                    "bandwidth_ms": 1e3 * moved[key] / target.bandwidth,
+                }
+            )
+    return table
 
 
 def show(values: dict[str, Any]) -> None:
-    """Prints a table of what `examine` found."""
+    """Prints what `examine` found."""
     print(f"\n{values['program']}, batch {values['batch_size']}")
+    if "parts" not in values:
+        print(f"It does not fit: it needs {values['memory_gigabytes']:.1f} GB.")
+        return
     print(f"{'part':<28}{'Mcycles':>9}{'GB':>9}{'GFLOP':>9}{'ms by flops':>13}{'ms by bytes':>13}")
     for row in (*values["parts"], {"part": "total"} | values):
-        figures = f"{row['estimated_mega_cycles']:9.3f}{row['gigabytes_moved']:9.3f}{row['gigaflops']:9.1f}"
-        print(f"{row['part']:<28}{figures}{row['computation_ms']:13.3f}{row['bandwidth_ms']:13.3f}")
+        cycles = f"{row['estimated_mega_cycles']:.3f}" if "estimated_mega_cycles" in row else "—"
+        print(f"{row['part']:<28}{cycles:>9}{row['gigabytes_moved']:9.3f}{row['gigaflops']:9.1f}", end="")
+        print(f"{row['computation_ms']:13.3f}{row['bandwidth_ms']:13.3f}")
+    needed = f"{values['memory_gigabytes']:.2f} GB, {values['temporary_gigabytes']:.2f} of it temporary"
     fits = "fits" if values["fits"] else "does not fit"
-    print(
-        f"memory: {values['memory_gigabytes']:.2f} GB, {values['temporary_gigabytes']:.2f} of it temporary; it {fits} "
-        f"into {values['device_memory_gigabytes']:.1f} GB"
-    )
+    print(f"memory: {needed}; it {fits} into {values['device_memory_gigabytes']:.1f} GB")
     alike = collections.defaultdict(list)
     for each in values["collectives"]:
         alike[each["kind"], each["arrays"], each["groups"], each["path"]].append(each)
@@ -194,6 +203,7 @@ def show(values: dict[str, Any]) -> None:
         )
     if values["collectives"]:
         print(f"exchange: {values['megabytes_sent']:.1f} MB sent, {values['exchange_ms']:.3f} ms over all links")
+        print(f"The backward pass ends at {values['backward_ends']:.0%} of the work.")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +217,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.devices_per_network, towers=config.model.towers, batch_size=batch_size, devices=devices
         )
         print(f"{layout}, {config.model.dtype}. {WARNING}", flush=True)
-        runs += [examine(kind, config, target, layout) for kind in args.programs]
+        for kind in args.programs:
+            runs.append(examine(kind, config, target, layout))
+            show(runs[-1])
     return {
         "estimate": WARNING,
         "config": args.config,

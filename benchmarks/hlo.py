@@ -17,7 +17,9 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"),
     *("replica-id", "ConcatBitcast", "AllocateBuffer"),
 }
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.-]+)")
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.-]+)"
+)
 _NAME = re.compile(r"%([\w.-]+)")
 
 
@@ -154,21 +156,23 @@ class Program:
         """The arrays that an operation takes."""
         return [array for name in operation.operands for array in self._by_name[name].results]
 
+    def given(self, operation: Operation) -> list[Array]:
+        """The arrays that an operation gives; the result of one that only begins names operands and semaphores too."""
+        if not operation.kind.endswith("-start"):
+            return list(operation.results)
+        arrays = [array for array in operation.results if array.shape]
+        if operation.kind == "copy-start":
+            return arrays[:1]
+        return arrays if operation.kind == "all-reduce-start" else arrays[len(self.operands(operation)) :]
+
     def moved(self, operation: Operation) -> int:
         """Bytes that it reads from the device's memory and writes there.
 
         A slice inside of a fusion is charged its whole operand.
         """
-        taken, given = self.operands(operation), list(operation.results)
         if operation.kind.endswith(("-done", "-update")):
             return 0
-        if operation.kind.endswith("-start"):
-            # The result names the operands too, and semaphores.
-            given = [array for array in given if array.shape]
-            if operation.kind == "copy-start":
-                given = given[:1]
-            else:
-                given = given[len(taken) :] or given
+        taken, given = self.operands(operation), self.given(operation)
         if operation.kind in ("slice", "slice-start", "dynamic-slice"):
             taken = [dataclasses.replace(given[0], outside=taken[0].outside)]
         if operation.kind == "dynamic-update-slice":
@@ -188,15 +192,17 @@ class Program:
         They are those of a fusion's products, of what gives its largest result, its own, those of all inside of it, and
         those of what it takes.
         """
-        inner = list(self.inside(operation))
-        yield from (each.path for each in inner if each.kind in ("convolution", "dot"))
-        if inner and inner[0].kind == "tuple":
-            given = [self._by_name[name] for name in inner[0].operands]
-            yield max(given, key=lambda each: sum(array.size for array in each.results)).path
-        yield operation.path
-        yield from (each.path for each in inner)
-        if operation.operands:
-            yield from self.paths(self._by_name[operation.operands[0]])
+        while True:
+            inner = list(self.inside(operation))
+            yield from (each.path for each in inner if each.kind in ("convolution", "dot"))
+            if inner and inner[0].kind == "tuple":
+                given = [self._by_name[name] for name in inner[0].operands]
+                yield max(given, key=lambda each: sum(array.size for array in each.results)).path
+            yield operation.path
+            yield from (each.path for each in inner)
+            if not operation.operands:
+                return
+            operation = self._by_name[operation.operands[0]]
 
     def collectives(self) -> list[Collective]:
         """The exchanges between devices, in the order in which they begin."""
@@ -214,11 +220,7 @@ class Program:
 
     def _collective(self, operation, outer, position, times, done):
         kind = operation.kind.removesuffix("-start")
-        taken, given = self.operands(operation), list(operation.results)
-        if operation.kind.endswith("-start") and kind != "all-reduce":
-            # The result names the operands too, and semaphores.
-            given = [array for array in given if array.shape][len(taken) :]
-        arrays = max((taken, given), key=lambda some: sum(array.size for array in some))
+        arrays = max(self.operands(operation), self.given(operation), key=lambda some: sum(each.size for each in some))
         return Collective(
             kind=kind,
             shapes=tuple(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in arrays),

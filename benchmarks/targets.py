@@ -1,16 +1,17 @@
-"""Accelerators that XLA compiles for without having them: what their data sheets say, and their devices as JAX sees them."""
+"""Accelerators that XLA compiles for without having them: what their data sheets say, and stand-ins for JAX."""
 
 import contextlib
 import dataclasses
 import importlib.util
 import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
 from jax._src import xla_bridge
 from jax.experimental import topologies
 
-from common.errors import UserError, require
+from common.errors import require
 
 # Grids of chips by their number. A single chip and a pair are part of the smallest.
 _SQUARES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -49,7 +50,7 @@ class Target:
         return self.flops / 2 if self.platform == "cuda" and dtype == "float32" else self.flops
 
 
-def _gpu(shared: int, cores: int, units: int, cache: int, clock: float, capability: int, **sheet) -> Target:
+def _gpu(name: str, shared: int, cores: int, units: int, cache: int, clock: float, capability: int, **sheet) -> Target:
     """A GPU; its description has the fields of XLA's own files for it (xla/backends/gpu/target_config/specs)."""
     description = f"""
         gpu_device_info {{
@@ -60,7 +61,8 @@ def _gpu(shared: int, cores: int, units: int, cache: int, clock: float, capabili
           memory_bandwidth: {sheet["bandwidth"]:.0f} device_memory_size: {sheet["memory"]} l2_cache_size: {cache}
           clock_rate_ghz: {clock} cuda_compute_capability {{ major: {capability} }} runtime_version: "12.8.0"
         }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }}"""
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} device_description_str: "{name}"
+    """
     return Target("cuda", description=description, **sheet)
 
 
@@ -73,10 +75,18 @@ TARGETS = {
     "v5p": Target("tpu", 459e12, 2765e9, 95 << 30, 600e9, _CUBES),
     "v6e": Target("tpu", 918e12, 1600e9, 32 << 30, 400e9, _SQUARES),
     "a100": _gpu(
-        *(167936, 108, 64, 40 << 20, 1.41, 8), flops=312e12, bandwidth=2.039e12, memory=85_100_068_864, link=300e9
+        *("NVIDIA A100", 167936, 108, 64, 40 << 20, 1.41, 8),
+        flops=312e12,
+        bandwidth=2.039e12,
+        memory=85_100_068_864,
+        link=300e9,
     ),
     "h100": _gpu(
-        *(233472, 132, 128, 50 << 20, 1.98, 9), flops=989e12, bandwidth=3.352e12, memory=84_942_979_072, link=450e9
+        *("NVIDIA H100", 233472, 132, 128, 50 << 20, 1.98, 9),
+        flops=989e12,
+        bandwidth=3.352e12,
+        memory=84_942_979_072,
+        link=450e9,
     ),
 }
 # GPUs that NVLink joins in one machine.
@@ -102,11 +112,9 @@ def prepare(name: str) -> None:
     # This machine's own accelerators, if it has some, stay out of it.
     jax.config.update("jax_platforms", "cpu")
     if package == "libtpu":
-        os.environ["TPU_LIBRARY_PATH"] = os.path.join(found.submodule_search_locations[0], "libtpu.so")
+        os.environ["TPU_LIBRARY_PATH"] = str(pathlib.Path(found.origin).with_name("libtpu.so"))
         # Without these it asks a metadata server which TPU this is.
-        os.environ.update(
-            TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost"
-        )
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
     else:
         # The plugin refuses to load without a driver otherwise; and XLA would time its candidates on the device.
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"

@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"cpu": "requirements-cpu.txt", "gpu": "requirements.txt", "tpu": "requirements-tpu.txt"}
+COMPILERS = {kind: f"requirements-compiled-{kind}.txt" for kind in ("tpu", "gpu")}
 # What markers look at on the machines this project names.
 MACHINES = {
     "linux": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
@@ -58,7 +59,7 @@ def environment(**changes):
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("listed", [*SETS.values(), "requirements-dev.txt"])
+@pytest.mark.parametrize("listed", [*SETS.values(), *COMPILERS.values(), "requirements-dev.txt"])
 def test_each_requirement_has_one_tested_version_within_its_bounds(listed, machine, python):
     pins = applying(read_requirements("constraints.txt"), python, MACHINES[machine])
     for requirement in applying(read_requirements(listed), python, MACHINES[machine]):
@@ -134,7 +135,8 @@ def test_every_import_is_in_the_requirements():
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a stand-in for Python, which notes its calls in calls.txt, as the only one on PATH."""
-    for name in ["Makefile", "constraints.txt", *SETS.values(), "requirements-dev.txt"]:
+    lists = ["requirements-core.txt", "requirements-dev.txt", *SETS.values(), *COMPILERS.values()]
+    for name in ["Makefile", "constraints.txt", *lists]:
         shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in ["sh", "rm", "mkdir", "cp", "touch", "cat", "sed", "grep", "ls", "find", "xargs"]:
@@ -213,6 +215,35 @@ def test_a_set_up_that_was_cut_short_is_repeated_not_used(checkout):
     done, calls = make(checkout, "demo", "DEVICES=cpu")
     assert done.returncode == 0
     assert calls[0] == "-m venv .venv"
+
+
+@pytest.mark.parametrize(("target", "kind"), [("v5e", "tpu"), ("h100", "gpu")])
+def test_each_compiler_has_an_environment_that_is_set_up_once(checkout, target, kind):
+    good_python(checkout)
+    compile_for = ("compiled", f"ARGS=--target={target} --devices=2")
+    folder, said = f".venv-compiled-{kind}", f"-m benchmarks.compiled --target={target} --devices=2"
+    (checkout / "offline").touch()
+    done, calls = make(checkout, *compile_for)
+    assert done.returncode != 0 and "The set-up stopped" in done.stderr
+    assert len(calls) == 2, "nothing is compiled"
+    (checkout / "offline").unlink()
+    done, (venv, pip, compiled) = make(checkout, *compile_for)
+    assert done.returncode == 0, done.stderr
+    assert venv == f"-m venv {folder}"
+    assert pip.endswith(f"-c constraints.txt -r {COMPILERS[kind]}"), "no TensorFlow, no tools"
+    assert compiled == said
+    assert make(checkout, *compile_for)[1] == [said]
+    assert not (checkout / ".venv").exists()
+    make(checkout, "clean")
+    assert not (checkout / folder).exists()
+
+
+@pytest.mark.parametrize("arguments", ["", "--target=v9", "--devices=2"])
+def test_without_a_known_target_nothing_is_set_up(checkout, arguments):
+    good_python(checkout)
+    done, calls = make(checkout, "compiled", f"ARGS={arguments}")
+    assert done.returncode != 0 and not calls
+    assert f"ARGS='{arguments}' must name a target: --target=v4, v5e" in done.stderr
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(checkout):
