@@ -127,7 +127,7 @@ def examine(kind: str, config, target: targets.Target, layout: parallel.Layout) 
     try:
         compiled = lower(kind, config, layout).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        found = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", str(error))
         if not found:
             raise UserError(f"The compiler refuses it: {shortened(' '.join(str(error).split()))}") from error
         needed = float(found[1]) * {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}[found[2]]

@@ -230,7 +230,7 @@ def test_each_compiler_has_an_environment_that_is_set_up_once(checkout, target, 
     done, (venv, pip, compiled) = make(checkout, *compile_for)
     assert done.returncode == 0, done.stderr
     assert venv == f"-m venv {folder}"
-    assert pip.endswith(f"-c constraints.txt -r {COMPILERS[kind]}"), "no TensorFlow, no tools"
+    assert pip.endswith(f"-c constraints.txt -r {COMPILERS[kind]} -qq"), "no TensorFlow, no tools"
     assert compiled == said
     assert make(checkout, *compile_for)[1] == [said]
     assert not (checkout / ".venv").exists()
