@@ -116,14 +116,14 @@ class Program:
     """A compiled program, from what `Compiled.as_text` returns."""
 
     def __init__(self, text: str):
-        self.computations, name = {}, ""
+        self.computations, operations = {}, []
         for line in text.splitlines():
             if found := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
-                name = found[2]
-                self.computations[name] = []
-                self._entry = name if found[1] else getattr(self, "_entry", "")
-            elif name and (operation := _operation(line)):
-                self.computations[name].append(operation)
+                operations = self.computations[found[2]] = []
+                if found[1]:
+                    self._entry = found[2]
+            elif operation := _operation(line):
+                operations.append(operation)
         self._by_name = {each.name: each for some in self.computations.values() for each in some}
 
     def executed(self) -> Iterator[tuple[Operation, int]]:
@@ -133,8 +133,7 @@ class Program:
     def _run(self, computation, times):
         for operation in self.computations[computation]:
             if operation.kind == "while":
-                (body,) = re.findall(r"body=%([\w.-]+)", operation.attributes)
-                yield from self._run(body, times * self._trips(operation))
+                yield from self._run(operation.attribute(r"body=%([\w.-]+)"), times * self._trips(operation))
             elif operation.kind == "conditional":
                 yield from self._run(min(operation.called, key=self._traffic), times)
             elif operation.kind == "call":

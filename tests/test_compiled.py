@@ -46,7 +46,9 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[2,4]{1,0})
 
 %until (u.0: (s32[], f32[8])) -> pred[] {
   %u.0 = (s32[], f32[8]{0}) parameter(0)
-  ROOT %u.1 = pred[] constant(true)
+  %u.1 = s32[] get-tuple-element(%u.0), index=0
+  %u.2 = s32[]{:T(128)} constant(5)
+  ROOT %u.3 = pred[] compare(%u.1, %u.2), direction=LT
 }
 
 %seldom (s.0: f32[8]) -> f32[8] {
@@ -94,6 +96,10 @@ def test_bytes_and_cycles_by_hand():
         ("slice-done.1", 1, 0),
         ("out.1", 1, 24),
     ]
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    assert known in TEXT
+    silent = hlo.Program(TEXT.replace(known, ""))
+    assert [times for each, times in silent.executed() if each.name == "negate.1"] == [5], "by the loop's condition"
     config = recipes.narrow(dtype="bfloat16")
     table = compiled.figures(program, {("fc6", "backward"): 197e9}, config, targets.TARGETS["v5e"])
     assert {row["part"]: (row["estimated_mega_cycles"] * 1e6, row["gigabytes_moved"] * 1e9) for row in table} == {
