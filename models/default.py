@@ -33,6 +33,19 @@ def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     return jax.vjp(lambda kernel: conv(x, kernel, stride=stride, padding=padding), kernel)[1](g)[0]
 
 
+def by_groups(function):
+    """Lets a function of arrays that lie along their last axis in `groups` take and give the groups side by side."""
+
+    @functools.wraps(function)
+    def of_groups(*arrays, groups=1, **options):
+        if groups == 1:
+            return function(*arrays, **options)
+        parts = zip(*(jnp.split(array, groups, axis=-1) for array in arrays), strict=True)
+        return jnp.concatenate([function(*part, **options) for part in parts], axis=-1)
+
+    return of_groups
+
+
 # Response normalisation: y = x · s^-power with s = constant + scale · (window sums of x²).
 
 
