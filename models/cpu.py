@@ -64,6 +64,7 @@ def _chunk_of_patches(x, kernel, output, stride):
     return _chunk(len(x), math.prod(output[1:3]) * patch * x.dtype.itemsize, PATCHES_BYTES)
 
 
+@default.by_groups
 def conv(x, kernel, *, stride, padding):
     """`layers.conv`; with a stride, pixels are folded into channels."""
     plain = functools.partial(layers.conv, stride=stride, padding=padding)
@@ -82,6 +83,7 @@ def conv(x, kernel, *, stride, padding):
     return lax.map(part, _split(x, _chunk_of_patches(x, kernel, output, stride))).reshape(output)
 
 
+@default.by_groups
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     """The gradient by the kernel: products of what each output pixel saw with its g, some examples at a time."""
     height, width, channels, features = kernel.shape
