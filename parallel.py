@@ -95,11 +95,6 @@ class Towers:
         """
         return -(-features // self.total) if self.split_over_devices else features
 
-    @jax.named_scope("towers")
-    def split(self, maps: jax.Array) -> list[jax.Array]:
-        """Cuts the maps of the towers here, (..., share), into one array per tower."""
-        return jnp.split(maps, self.here, axis=-1) if self.here > 1 else [maps]
-
     @jax.named_scope("exchange")
     def join(self, maps: jax.Array) -> jax.Array:
         """The exchange: from the maps of the towers here to those of *all* towers of the network."""

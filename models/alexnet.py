@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from common.errors import UserError, check_name, check_ranges, require, shown
 from models import ops, towers
-from models.layers import ACTIVATIONS, output_size
+from models.layers import output_size
+from models.ops import ACTIVATIONS
 from parallel import Towers
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
@@ -120,6 +121,7 @@ class AlexNet(nn.Module):
                 kernel_size=kernel_size,
                 stride=stride,
                 padding=padding,
+                groups=1 if name == "conv1" or self._joins(name) else self.placement.here,
                 kernel_init=HE_NORMAL if he else nn.initializers.normal(deviations.get(name, 0.01)),
                 bias_init=nn.initializers.constant(float(name in BIASED and not he)),
                 towers=self.placement,
@@ -150,16 +152,16 @@ class AlexNet(nn.Module):
         logits = self.placement.join(self._layer("fc8", maps))[..., : self.num_classes]
         return logits.astype(jnp.float32)
 
+    def _joins(self, name):
+        """Whether the input of layer `name` is the maps of both towers."""
+        return name in (*self.exchange, "fc8")
+
     def _layer(self, name, maps):
         """Layer `name` of the maps of the towers here, after the exchange if it has one."""
-        if name == "conv1":
-            inputs = [maps]
-        elif name in self.exchange or name == "fc8":
-            inputs = [self.placement.join(maps)]
-            self.sow("intermediates", f"{name}_joined", *inputs)
-        else:
-            inputs = self.placement.split(maps)
-        return getattr(self, name)(inputs)
+        if self._joins(name):
+            maps = self.placement.join(maps)
+            self.sow("intermediates", f"{name}_joined", maps)
+        return getattr(self, name)(maps)
 
     def activate(self, x: jax.Array) -> jax.Array:
         """ReLU, if `activation` names no other (section 3.1)."""

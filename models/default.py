@@ -1,8 +1,9 @@
-"""The forms of `models.layers` for a platform without better ones, which today are GPUs and TPUs.
+"""The forms of `models.layers` for a platform without better ones.
 
 They differ from the plain forms in their gradients: response normalisation computes its sums again instead of keeping
-them, and max-pooling keeps the place of each maximum in its window. The tests hold each to its plain form, forward and
-backward. A function NAME_gradient takes the gradient of the loss by the output of NAME, g, back to its inputs.
+them, and max-pooling keeps the place of each maximum in its window. Groups of maps are convolved one by one. The tests
+hold each to its plain form, forward and backward. A function NAME_gradient takes the gradient of the loss by the output
+of NAME, g, back to its inputs.
 """
 
 import functools
@@ -15,35 +16,47 @@ from jax import lax
 from models import layers
 from models.layers import output_size, sum_dtype
 
-# Convolution: XLA's own.
+relu = layers.relu
 
 
-def conv(x, kernel, *, stride, padding):
-    """See `layers.conv`."""
-    return layers.conv(x, kernel, stride=stride, padding=padding)
+def relu_gradient(x, g):
+    """The gradient of `relu` by x."""
+    return jnp.where(x > 0, g, jnp.zeros_like(g))
 
 
-def conv_input_gradient(x, kernel, g, *, stride, padding):
-    """The gradient by x, in its shape."""
-    return jax.vjp(lambda x: conv(x, kernel, stride=stride, padding=padding), x)[1](g)[0]
-
-
-def conv_kernel_gradient(x, kernel, g, *, stride, padding):
-    """The gradient by the kernel, in its shape."""
-    return jax.vjp(lambda kernel: conv(x, kernel, stride=stride, padding=padding), kernel)[1](g)[0]
+# Convolution: XLA's own, of each group of maps alone.
 
 
 def by_groups(function):
     """Lets a function of arrays that lie along their last axis in `groups` take and give the groups side by side."""
 
     @functools.wraps(function)
-    def of_groups(*arrays, groups=1, **options):
+    def of_groups(*arrays, groups, **options):
         if groups == 1:
             return function(*arrays, **options)
         parts = zip(*(jnp.split(array, groups, axis=-1) for array in arrays), strict=True)
         return jnp.concatenate([function(*part, **options) for part in parts], axis=-1)
 
     return of_groups
+
+
+def input_gradient(layer, x, kernel, g, **options):
+    """JAX's own gradient of a layer by x, in its shape."""
+    return jax.vjp(lambda x: layer(x, kernel, **options), x)[1](g)[0]
+
+
+def kernel_gradient(layer, x, kernel, g, **options):
+    """JAX's own gradient of a layer by the kernel, in its shape."""
+    return jax.vjp(lambda kernel: layer(x, kernel, **options), kernel)[1](g)[0]
+
+
+conv = by_groups(layers.conv)
+conv_input_gradient = by_groups(functools.partial(input_gradient, layers.conv))
+conv_kernel_gradient = by_groups(functools.partial(kernel_gradient, layers.conv))
+
+dense = layers.dense
+dense_input_gradient = functools.partial(input_gradient, layers.dense)
+dense_kernel_gradient = functools.partial(kernel_gradient, layers.dense)
 
 
 # Response normalisation: y = x · s^-power with s = constant + scale · (window sums of x²).
@@ -63,9 +76,19 @@ def window_sum(x, axis, before, after):
 
 
 def sum_of_maps(x, before, after, *, groups):
-    """Sums over a window of maps around each map, within its group."""
-    apart = x.reshape(*x.shape[:-1], groups, -1)
-    return window_sum(apart, apart.ndim - 1, before, after).reshape(x.shape)
+    """Sums over a window of maps around each map, within its group.
+
+    All groups are shifted together: a change of shape to (…, groups, maps) would break XLA's fusions.
+    """
+    axis, count = x.ndim - 1, x.shape[-1]
+    padded, share = pad(x, axis, before, after), count // groups
+
+    def shifted(distance):
+        values = lax.slice_in_dim(padded, before + distance, before + distance + count, axis=axis)
+        seen = (np.arange(count) % share + distance) // share == 0
+        return jnp.where(seen, values, jnp.zeros_like(values)) if groups > 1 else values
+
+    return functools.reduce(jnp.add, map(shifted, range(-before, after + 1)))
 
 
 def sum_of_pixels(x, before, after):
@@ -86,23 +109,31 @@ def normalize(x, *, sums, size, constant, scale, power):
     return (wide * _inverse_power(s, power)).astype(x.dtype)
 
 
-def normalize_gradient(x, g, *, sums, size, constant, scale, power):
-    """The gradient of `normalize` by x."""
+def normalize_gradient(x, g, *, sums, size, constant, scale, power, sums_back=None):
+    """The gradient of `normalize` by x; `sums_back` takes the second sums, if not `sums`."""
     before, after = size // 2, size - 1 - size // 2
     wide, g = (v.astype(sum_dtype(x.dtype)) for v in (x, g))
     s = constant + scale * sums(jnp.square(wide), before, after)
     shrunk = g * _inverse_power(s, power)
-    through_s = sums(shrunk * wide / s, after, before)  # from all whose windows hold this element
+    through_s = (sums_back or sums)(shrunk * wide / s, after, before)  # from all whose windows hold this element
     return (shrunk - 2 * power * scale * wide * through_s).astype(x.dtype)
 
 
-def _across_maps(function, *arrays, k, n, alpha, beta, groups):
-    sums = functools.partial(sum_of_maps, groups=groups)
-    return function(*arrays, sums=sums, size=n, constant=k, scale=alpha, power=beta)
+def across_maps(function, *arrays, sums, k, n, alpha, beta, **others):
+    """`normalize` or its gradient, with the paper's names of the constants."""
+    return function(*arrays, sums=sums, size=n, constant=k, scale=alpha, power=beta, **others)
 
 
-local_response_normalization = functools.partial(_across_maps, normalize)
-local_response_normalization_gradient = functools.partial(_across_maps, normalize_gradient)
+def local_response_normalization(x, *, groups, **constants):
+    """See `layers.local_response_normalization`."""
+    return across_maps(normalize, x, sums=functools.partial(sum_of_maps, groups=groups), **constants)
+
+
+def local_response_normalization_gradient(x, g, *, groups, **constants):
+    """The gradient by x."""
+    return across_maps(normalize_gradient, x, g, sums=functools.partial(sum_of_maps, groups=groups), **constants)
+
+
 spatial_response_normalization = functools.partial(normalize, sums=sum_of_pixels)
 spatial_response_normalization_gradient = functools.partial(normalize_gradient, sums=sum_of_pixels)
 
@@ -124,19 +155,24 @@ def max_pool(x, *, window, stride):
     return functools.reduce(jnp.maximum, _slices(rows, 1, window, stride, -jnp.inf))
 
 
+def place_dtype(window):
+    """The type of the number of a place in a window."""
+    return np.min_scalar_type(window**2 - 1)
+
+
 def max_pool_and_places(x, *, window, stride):
     """The maxima, and the number of the place in its window, row by row, at which each first stands."""
     y, last = max_pool(x, window=window, stride=stride), window**2 - 1
     rows = _slices(x, 1, window, stride, -jnp.inf)
     slices = [part for row in rows for part in _slices(row, 2, window, stride, -jnp.inf)]
-    place = jnp.full(y.shape, last, np.min_scalar_type(last))
+    place = jnp.full(y.shape, last, place_dtype(window))
     for k in reversed(range(last)):
         place = jnp.where(slices[k] == y, jnp.asarray(k, place.dtype), place)
     return y, place
 
 
-def max_pool_gradient(place, g, *, window, stride, shape):
-    """The gradient of `max_pool` by its input of the given shape, from the places of the maxima."""
+def max_pool_gradient(x, place, g, *, window, stride):
+    """The gradient of `max_pool` by x, from the places of the maxima."""
 
     def spread(row, column):
         """The part of g whose maximum stands at (row, column) of its window, moved to that pixel of the input."""
@@ -144,7 +180,7 @@ def max_pool_gradient(place, g, *, window, stride, shape):
         widths = [(0, 0, 0)] * g.ndim
         for axis, before in ((1, row), (2, column)):
             reach = (g.shape[axis] - 1) * stride + 1
-            widths[axis] = (before, shape[axis] - before - reach, stride - 1)
+            widths[axis] = (before, x.shape[axis] - before - reach, stride - 1)
         return lax.pad(passed, jnp.zeros((), passed.dtype), widths)
 
     total = functools.reduce(jnp.add, (spread(i, j) for i in range(window) for j in range(window)))

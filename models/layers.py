@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+relu = nn.relu
 # Section 3.1, and the two functions that the paper compares ReLU with.
-ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
+ACTIVATIONS = {"relu": relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
 
 
 def output_size(size: int, window: int, stride: int) -> int:
@@ -32,24 +33,38 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID") -> jax.Array:
-    """Convolves (N, H, W, C) with a kernel (height, width, C, F); gives (N, H', W', F).
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
+    """Convolves (N, H, W, groups · C) with a kernel (height, width, C, F); gives (N, H', W', F).
 
     Args:
       x: maps.
-      kernel: of the dtype of `x`. There are no groups: each tower has a convolution of its own.
+      kernel: of the dtype of `x`.
       stride: along both axes.
       padding: 'VALID', or pixels of zeros as ((top, bottom), (left, right)).
+      groups: the maps are that many groups of equal size, such as the towers here, and each gives its share of F.
 
     Raises:
       ValueError: the kernel is larger than the padded input, or has another number of channels.
     """
     padding = ((0, 0), (0, 0)) if padding == "VALID" else padding
-    if x.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"a kernel of {kernel.shape[2]} channels cannot convolve maps of {x.shape[-1]}")
+    if x.shape[-1] != groups * kernel.shape[2]:
+        channels = f"{groups} × {kernel.shape[2]}" if groups > 1 else kernel.shape[2]
+        raise ValueError(f"a kernel of {channels} channels cannot convolve maps of {x.shape[-1]}")
     for size, (before, after), window in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True):
         output_size(size + before + after, window, stride)  # raises
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Maps (N, C) by a kernel (C, F), rounded to the dtype of `x`, to (N, F)."""
+    return x @ kernel.astype(x.dtype)
 
 
 def local_response_normalization(

@@ -2,7 +2,7 @@
 
 This is the one place where forms of layers are chosen, when a program is lowered for a platform. A platform's module
 holds only what is faster there, and `models.default` has the rest. To add a platform: a module with some of the
-functions of `models.default`, a line in PLATFORMS, and its name in the tests' list of forms.
+functions of `models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
 
 Reverse-mode differentiation only.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from models import cpu, default, layers
+from models import cpu, default, gpu, layers, tpu
 
 # By JAX's names of platforms; a GPU is 'cuda' or 'rocm'.
-PLATFORMS = {"cpu": cpu}
+PLATFORMS = {"cpu": cpu, "tpu": tpu, "cuda": gpu, "rocm": gpu}
 
 
 def _form(name: str, *arrays: jax.Array, **options) -> Any:
@@ -30,33 +30,32 @@ def _form(name: str, *arrays: jax.Array, **options) -> Any:
     return lax.platform_dependent(*arrays, **own, default=other) if own else other(*arrays)
 
 
-# Convolution.
+# A layer of one array.
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID") -> jax.Array:
-    """See `layers.conv`."""
-    padding = ((0, 0), (0, 0)) if padding == "VALID" else tuple((int(a), int(b)) for a, b in padding)
-    return _conv(x, kernel, stride, padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer(name, options, x):
+    jax.eval_shape(functools.partial(getattr(layers, name), **dict(options)), x)  # raises
+    return _form(name, x, **dict(options))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x, kernel, stride, padding):
-    return _form("conv", x, kernel, stride=stride, padding=padding)
+def _layer_forward(name, options, x):
+    return _layer(name, options, x), x
 
 
-def _conv_forward(x, kernel, stride, padding):
-    return _conv(x, kernel, stride, padding), (x, kernel)
+def _layer_backward(name, options, x, g):
+    return (_form(f"{name}_gradient", x, g, **dict(options)),)
 
 
-def _conv_backward(stride, padding, inputs, g):
-    kernel_gradient = _form("conv_kernel_gradient", *inputs, g, stride=stride, padding=padding)
-    return _form("conv_input_gradient", *inputs, g, stride=stride, padding=padding), kernel_gradient
+_layer.defvjp(_layer_forward, _layer_backward)
 
 
-_conv.defvjp(_conv_forward, _conv_backward)
+def relu(x: jax.Array) -> jax.Array:
+    """See `layers.relu`."""
+    return _layer("relu", (), x)
 
 
-# Response normalisation.
+ACTIVATIONS = layers.ACTIVATIONS | {"relu": relu}
 
 
 def local_response_normalization(
@@ -64,7 +63,7 @@ def local_response_normalization(
 ) -> jax.Array:
     """See `layers.local_response_normalization`."""
     constants = {"k": float(k), "n": n, "alpha": float(alpha), "beta": float(beta), "groups": groups}
-    return _normalize("local_response_normalization", tuple(constants.items()), x)
+    return _layer("local_response_normalization", tuple(constants.items()), x)
 
 
 def spatial_response_normalization(
@@ -72,48 +71,61 @@ def spatial_response_normalization(
 ) -> jax.Array:
     """See `layers.spatial_response_normalization`."""
     constants = {"size": size, "scale": float(scale), "power": float(power), "constant": float(constant)}
-    return _normalize("spatial_response_normalization", tuple(constants.items()), x)
+    return _layer("spatial_response_normalization", tuple(constants.items()), x)
+
+
+# A layer with a kernel.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalize(name, constants, x):
-    jax.eval_shape(functools.partial(getattr(layers, name), **dict(constants)), x)  # raises
-    return _form(name, x, **dict(constants))
+def _product(name, options, x, kernel):
+    jax.eval_shape(functools.partial(getattr(layers, name), **dict(options)), x, kernel)  # raises
+    return _form(name, x, kernel, **dict(options))
 
 
-def _normalize_forward(name, constants, x):
-    return _normalize(name, constants, x), x
+def _product_forward(name, options, x, kernel):
+    return _product(name, options, x, kernel), (x, kernel)
 
 
-def _normalize_backward(name, constants, x, g):
-    return (_form(f"{name}_gradient", x, g, **dict(constants)),)
+def _product_backward(name, options, inputs, g):
+    kernel_gradient = _form(f"{name}_kernel_gradient", *inputs, g, **dict(options))
+    return _form(f"{name}_input_gradient", *inputs, g, **dict(options)), kernel_gradient
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+_product.defvjp(_product_forward, _product_backward)
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
+    """See `layers.conv`."""
+    padding = ((0, 0), (0, 0)) if padding == "VALID" else tuple((int(a), int(b)) for a, b in padding)
+    options = {"stride": stride, "padding": padding, "groups": groups}
+    return _product("conv", tuple(options.items()), x, kernel)
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """See `layers.dense`."""
+    return _product("dense", (), x, kernel)
 
 
 # Pooling.
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """See `layers.max_pool`."""
-    return _max_pool(x, window, stride, x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window, stride, shape):
     return _form("max_pool", x, window=window, stride=stride)
 
 
-def _max_pool_forward(x, window, stride, shape):
-    return _form("max_pool_and_places", x, window=window, stride=stride)
+def _max_pool_forward(x, window, stride):
+    y, place = _form("max_pool_and_places", x, window=window, stride=stride)
+    return y, (x, place)  # a platform's gradient takes one of the two, and XLA drops the other
 
 
-def _max_pool_backward(window, stride, shape, place, g):
-    return (_form("max_pool_gradient", place, g, window=window, stride=stride, shape=shape),)
+def _max_pool_backward(window, stride, kept, g):
+    return (_form("max_pool_gradient", *kept, g, window=window, stride=stride),)
 
 
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:

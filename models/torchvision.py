@@ -67,6 +67,7 @@ class TorchvisionAlexNet(nn.Module):
                 kernel_size=kernel_size,
                 stride=stride,
                 padding=padding,
+                groups=1,
                 kernel_init=uniform,
                 bias_init=uniform,
                 towers=self.placement,
@@ -84,20 +85,20 @@ class TorchvisionAlexNet(nn.Module):
         maps = images
         for name, (_, kernel_size, _, _) in LAYERS.items():
             if kernel_size:
-                maps = self.activate(getattr(self, name)([maps]))
+                maps = self.activate(getattr(self, name)(maps))
                 maps = self.pool(maps) if name in POOLED else maps
         return self.average(maps)
 
     def fully_connected(self, maps: jax.Array, train: bool, rows: jax.Array | None) -> jax.Array:
         """Maps what `convolutional` returns to (N, num_classes) float32 logits."""
         x = maps.reshape(maps.shape[0], -1)
-        x = self.activate(self.fc6([self.dropout(x, train, rows)]))
-        x = self.activate(self.fc7([self.dropout(x, train, rows)]))
-        return self.fc8([x]).astype(jnp.float32)
+        x = self.activate(self.fc6(self.dropout(x, train, rows)))
+        x = self.activate(self.fc7(self.dropout(x, train, rows)))
+        return self.fc8(x).astype(jnp.float32)
 
     def activate(self, x: jax.Array) -> jax.Array:
         """ReLU."""
-        return nn.relu(x)
+        return ops.relu(x)
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Max-pooling without the pixels at the bottom and right edge that do not fill a window."""

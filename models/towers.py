@@ -3,7 +3,8 @@
 How the towers lie on devices is known to `parallel.Towers` alone.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,7 @@ class TowerLayer(nn.Module):
       padding: pixels of zeros at each edge. None lets the last kernels run over the bottom and right edge, as
         cuda-convnet does: 224 pixels, kernels of 11 and stride 4 give 55.
       kernel_init, bias_init: initial values, of (key, shape, dtype).
+      groups: 1 if each tower sees all these maps; the number of towers here if each sees its own alone.
       towers: which towers are here.
       dtype: type of the computation.
     """
@@ -36,32 +38,34 @@ class TowerLayer(nn.Module):
     padding: int | None
     kernel_init: Callable[..., jax.Array]
     bias_init: Callable[..., jax.Array]
+    groups: int
     towers: Towers
     dtype: str
 
     @nn.compact
-    def __call__(self, inputs: Sequence[jax.Array]) -> jax.Array:
-        """Maps one input that all towers see, or one input per tower here, to (N, …, this device's share of maps)."""
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        """Maps (N, …, groups · C) to (N, …, this device's share of the output maps)."""
+        maps, share = maps.astype(self.dtype), self.towers.share(self.features)
+        channels = maps.shape[-1] // self.groups
         if not self.kernel_size:
-            inputs = [x.reshape(x.shape[0], -1) for x in inputs]
-        share = self.towers.share(self.features)
+            channels *= math.prod(maps.shape[1:-1])
         window = (self.kernel_size,) * 2 if self.kernel_size else ()
-        kernel = self.param("kernel", self.kernel_init, (*window, inputs[0].shape[-1], share), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (*window, channels, share), jnp.float32)
         bias = self.param("bias", self.bias_init, (share,), jnp.float32)
-        # Each tower has a convolution of its own: a grouped one trains three times slower on CPUs (jax issue 13800).
-        kernels = jnp.split(kernel.astype(self.dtype), len(inputs), axis=-1)
-        outputs = [self._apply(x.astype(self.dtype), k) for x, k in zip(inputs, kernels, strict=True)]
-        output = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        output = self._convolve(maps, kernel) if self.kernel_size else self._connect(maps, kernel)
         return output + bias.astype(self.dtype)
 
-    def _apply(self, x, kernel):
-        if not self.kernel_size:
-            return x @ kernel
+    def _convolve(self, maps, kernel):
         if self.padding is None:
-            padding = [(0, -(size - self.kernel_size) % self.stride) for size in x.shape[1:3]]
+            padding = [(0, -(size - self.kernel_size) % self.stride) for size in maps.shape[1:3]]
         else:
             padding = [(self.padding, self.padding)] * 2
-        return ops.conv(x, kernel, stride=self.stride, padding=padding)
+        return ops.conv(maps, kernel.astype(self.dtype), stride=self.stride, padding=padding, groups=self.groups)
+
+    def _connect(self, maps, kernel):
+        parts = zip(*(jnp.split(array, self.groups, axis=-1) for array in (maps, kernel)), strict=True)
+        outputs = [ops.dense(part.reshape(len(part), -1), weights) for part, weights in parts]
+        return jnp.concatenate(outputs, axis=-1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array, towers: Towers, rows: jax.Array | None) -> jax.Array:

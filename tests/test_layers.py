@@ -13,7 +13,7 @@ import reference
 from models import cpu, layers, ops
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
-FORMS = {"default": {}, **{name: {"cpu": module} for name, module in ops.PLATFORMS.items()}}
+FORMS = {"default": {}, **{module.__name__: {"cpu": module} for module in ops.PLATFORMS.values()}}
 
 
 def implementations():
@@ -61,11 +61,14 @@ def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, toleran
 
 
 def in_groups(layer, groups):
-    """A layer that sees each of some groups of maps alone."""
+    """A layer, or the gradients of one, that sees each of some groups of maps alone."""
 
     def apart(*arrays):
         parts = zip(*(np.split(a, groups, axis=-1) for a in arrays), strict=True)
-        return np.concatenate([layer(*part) for part in parts], axis=-1)
+        found = [layer(*part) for part in parts]
+        if isinstance(found[0], tuple):
+            return tuple(np.concatenate(values, axis=-1) for values in zip(*found, strict=True))
+        return np.concatenate(found, axis=-1)
 
     return apart
 
@@ -168,6 +171,34 @@ def test_output_size(size, window, stride, expected):
     assert layers.output_size(size, window, stride) == expected
 
 
+def test_relu():
+    check("relu", [(3, 4, 5)], lambda x: np.maximum(x, 0), lambda x, g: np.where(x > 0, g, 0))
+
+
+def test_relu_of_zero_and_nan():
+    x = jnp.asarray([0.0, jnp.nan, -1.0, 1.0])
+    for form, module in implementations():
+        y, pull = jax.vjp(module.relu, x)
+        np.testing.assert_array_equal(y, [0, np.nan, 0, 1], err_msg=form)
+        np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], [0, 0, 0, 1], err_msg=form)
+
+
+def check_dense(**options):
+    check("dense", [(5, 7), (7, 4)], np.matmul, lambda x, kernel, g: (g @ kernel.T, x.T @ g), **options)
+
+
+def test_dense():
+    check_dense()
+
+
+def test_dense_rounds_the_kernel_and_not_its_gradient():
+    x, kernel = jnp.ones((2, 1), jnp.bfloat16), jnp.asarray([[1 + 2**-9]], jnp.float32)
+    for form, module in implementations():
+        y, pull = jax.vjp(module.dense, x, kernel)
+        assert (y.dtype, pull(y)[1].dtype) == (jnp.bfloat16, jnp.float32), form
+        np.testing.assert_array_equal(np.asarray(y, np.float32), 1, err_msg=form)
+
+
 CONVOLUTIONS = [  # bytes of patches in a chunk, shape of the maps, of the kernel, stride, padding
     (10 << 20, (3, 224, 224, 3), (11, 11, 3, 8), 4, ((0, 3), (0, 3))),  # the network's first layer
     (40_000, (2, 64, 67, 3), (11, 11, 3, 8), 4, ((0, 3), (0, 0))),
@@ -184,7 +215,7 @@ CONVOLUTIONS = [  # bytes of patches in a chunk, shape of the maps, of the kerne
 ]
 
 
-def check_conv(x, kernel, stride, padding, **options):
+def check_conv(x, kernel, stride, padding, groups=1, **options):
     pixels = ((0, 0), (0, 0)) if padding == "VALID" else padding
 
     def expected(x, kernel):
@@ -193,13 +224,21 @@ def check_conv(x, kernel, stride, padding, **options):
     def gradient(x, kernel, g):
         return reference.conv_gradient(x, kernel, g, stride, pixels)[:2]
 
-    check("conv", [x, kernel], expected, gradient, stride=stride, padding=padding, **options)
+    both = in_groups(expected, groups), in_groups(gradient, groups)
+    check("conv", [x, kernel], *both, stride=stride, padding=padding, groups=groups, **options)
 
 
 @pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
     monkeypatch.setattr(cpu, "PATCHES_BYTES", chunk_bytes)
     check_conv(x, kernel, stride, padding)
+
+
+@pytest.mark.parametrize("groups,x,kernel,stride", [
+    (2, (3, 9, 9, 8), (5, 5, 4, 6), 1), (2, (2, 12, 11, 6), (3, 3, 3, 4), 2), (3, (2, 6, 7, 3), (3, 3, 1, 9), 1),
+])  # fmt: skip
+def test_conv_in_groups(groups, x, kernel, stride):
+    check_conv(x, kernel, stride, ((1, 1), (1, 1)), groups)
 
 
 def test_layers_in_bfloat16():
@@ -209,15 +248,17 @@ def test_layers_in_bfloat16():
     check_pool("avg_pool", (2, 8, 9, 3), 3, 2, **options)
     for stride in (1, 2):
         check_conv((4, 9, 9, 3), (3, 3, 3, 8), stride, "VALID", **options)
+    check_conv((4, 9, 9, 6), (3, 3, 3, 8), 1, "VALID", 2, **options)
 
 
 def stack(x, kernel):
     """Every layer once, as a scalar."""
-    y = ops.conv(x, kernel, stride=2, padding=((0, 1), (0, 1)))
-    y = ops.local_response_normalization(y, **STRONG)
-    y = ops.conv(ops.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 4, 1)), padding=((1, 1), (1, 1)))
+    y = ops.relu(ops.conv(x, kernel, stride=2, padding=((0, 1), (0, 1))))
+    y = ops.local_response_normalization(y, **STRONG, groups=2)
+    y = ops.conv(y, jnp.tile(kernel[:3, :3, :2], (1, 1, 1, 2)), padding=((1, 1), (1, 1)), groups=2)
+    y = ops.conv(ops.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 8, 1)), padding=((1, 1), (1, 1)))
     y = ops.spatial_response_normalization(y, size=3, scale=0.1, power=0.75)
-    return jnp.sum(jnp.square(ops.avg_pool(y, 2, 2).astype(jnp.float32)))
+    return jnp.sum(jnp.square(ops.dense(ops.avg_pool(y, 2, 2)[:, 0, 0], kernel[0, 0].T)))
 
 
 @pytest.mark.parametrize("transform", ["pmap", "shard_map"])
@@ -246,26 +287,34 @@ def test_gradients_on_several_devices(transform):
     np.testing.assert_allclose(dkernel.sum(0), gradients[1], atol=1e-4 * np.abs(gradients[1]).max())
 
 
-def gradient_of_normalization(x, kernel):
-    return jax.vjp(lambda x: ops.local_response_normalization(x, **PAPER), x)[1](x)[0]
+def gradient(layer, argument=0):
+    """The gradient of a layer of (x, kernel) by one of them."""
+    return lambda *arrays: jax.vjp(layer, *arrays)[1](jax.tree.map(jnp.ones_like, layer(*arrays)))[argument]
 
 
-@pytest.mark.parametrize("layer,fast", [
-    (lambda x, kernel: ops.conv(x, kernel, stride=2), "stride = [2, 1]"),
-    (lambda x, kernel: jax.vjp(lambda k: ops.conv(x, k), kernel)[1](jnp.ones((4, 13, 13, 4)))[0], "stablehlo.while"),
-    (lambda x, kernel: ops.local_response_normalization(x, **PAPER), "stablehlo.dot"),
-    (gradient_of_normalization, "stablehlo.dot"),
-    (lambda x, kernel: jax.vjp(lambda x: ops.max_pool(x, 3, 2), x)[0], "stablehlo.while"),
+def normalize(x, kernel):
+    return ops.local_response_normalization(x, **PAPER)
+
+
+@pytest.mark.parametrize("layer,text,platforms", [
+    (lambda x, kernel: ops.conv(x, kernel, stride=2), "stride = [2, 1]", {"cpu"}),
+    (gradient(ops.conv, 1), "stablehlo.while", {"cpu"}),
+    (lambda x, kernel: ops.conv(jnp.tile(x, 2), kernel, groups=2), "feature_group_count = 2", {"cuda", "tpu"}),
+    (normalize, "stablehlo.dot", {"cpu", "tpu"}),
+    (gradient(normalize), "stablehlo.dot", {"cpu", "tpu"}),
+    (gradient(normalize), "optimization_barrier", {"cuda", "tpu"}),
+    (gradient(lambda x, kernel: ops.max_pool(x, 3, 2)), "stablehlo.while", {"cpu"}),
+    (gradient(lambda x, kernel: ops.max_pool(x, 3, 2)), "stablehlo.select_and_scatter", {"tpu"}),
+    (gradient(lambda x, kernel: ops.relu(x)), "optimization_barrier", {"cuda"}),
+    (gradient(lambda x, kernel: ops.dense(x[0, 0], kernel[0, 0])), "optimization_barrier", {"tpu"}),
 ])  # fmt: skip
-def test_other_platforms_get_other_forms(monkeypatch, layer, fast):
+def test_other_platforms_get_other_forms(monkeypatch, layer, text, platforms):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
     monkeypatch.setattr(cpu, "PATCHES_BYTES", 1)
     monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
-    found = {
-        platform: fast in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")
-    }
-    assert found == {"cpu": True, "cuda": False, "tpu": False}
+    lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    assert {name for name, program in lowered.items() if text in program} == platforms
 
 
 def test_memory_of_the_first_layer():
@@ -288,6 +337,7 @@ def test_memory_of_the_first_layer():
     ("max_pool", [(1, 4, 5, 1)], {"window": 2, "stride": 0}, "stride=0"),
     ("conv", [(1, 4, 4, 2), (5, 5, 2, 3)], {}, "a window of 5 does not fit into 4 pixels"),
     ("conv", [(1, 4, 4, 2), (3, 3, 1, 3)], {}, "1 channels cannot convolve maps of 2"),
+    ("conv", [(1, 4, 4, 3), (3, 3, 1, 2)], {"groups": 2}, "2 × 1 channels cannot convolve maps of 3"),
     ("local_response_normalization", [(1, 1, 1, 2)], PAPER | {"n": 0}, "n=0"),
     ("local_response_normalization", [(1, 1, 1, 3)], PAPER | {"groups": 2}, "3 maps cannot be groups=2 equal groups"),
     ("spatial_response_normalization", [(1, 1, 1, 2)], {"size": 0, "scale": 1, "power": 1}, "size=0"),
