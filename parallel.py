@@ -100,7 +100,9 @@ class Towers:
         """The exchange: from the maps of the towers here to those of *all* towers of the network."""
         if not self.split_over_devices:
             return maps
-        return jax.lax.all_gather(maps, AXIS, axis=maps.ndim - 1, tiled=True, axis_index_groups=self.groups)
+        # Gathered along the last axis, XLA would lay out the operand and the result with that axis outermost.
+        parts = jax.lax.all_gather(maps, AXIS, axis_index_groups=self.groups)
+        return jnp.moveaxis(parts, 0, -2).reshape(*maps.shape[:-1], -1)
 
 
 class Layout:
