@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 @contextlib.contextmanager
-def progress(doing: str, total: int | None, file: TextIO) -> Iterator[Callable[[], None]]:
+def progress(doing: str, total: int | None, file: TextIO) -> Iterator[Callable[..., None]]:
     """Shows the progress of a task on images, with the time left.
 
     Args:
@@ -21,7 +21,7 @@ def progress(doing: str, total: int | None, file: TextIO) -> Iterator[Callable[[
       file: where to, such as sys.stderr.
 
     Yields:
-      A function to call after each image.
+      A function to call after images, with their number, 1 by default.
     """
     console = rich.console.Console(file=file)
     bar = rich.progress.Progress(
@@ -37,9 +37,9 @@ def progress(doing: str, total: int | None, file: TextIO) -> Iterator[Callable[[
     task = bar.add_task(doing, total=total)
     done, last = 0, time.monotonic()
 
-    def advance():
+    def advance(count=1):
         nonlocal done, last
-        done += 1
+        done += count
         bar.update(task, completed=done)
         if bar.disable and time.monotonic() > last + SECONDS_BETWEEN_LINES:
             last = time.monotonic()

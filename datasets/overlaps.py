@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from datasets.portions import Source
 from datasets.progress import printable
-from datasets.sources import Source
 
 PAIRS_NAMED = 3  # of the images that two splits share
 

@@ -1,21 +1,27 @@
 """Preparing: every source becomes, once, a prepared set. Its folder gets its name when everything in it is written."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import PIL
 
 from common import files
 from common.errors import UserError, require
-from datasets import locks, overlaps, sources, tensorflow, tensorflow_datasets
-from datasets.conversion import Conversion
-from datasets.images import LOSSLESS_UP_TO
+from datasets import conversion, locks, overlaps, sources, tensorflow
+from datasets.merging import merge
+from datasets.portions import Source
 from datasets.prepared import LABELS, VERSION, Records, Summary, checksum, directory, summary
 from datasets.progress import progress
+from datasets.statistics import Statistics
+
+FORMAT = 1  # of converted portions; another number, when code makes other records, and none before is used
 
 
 def prepare(
@@ -28,7 +34,7 @@ def prepare(
     allow_unreadable: int = 0,
     max_pixels: int = 100_000_000,
     again: bool = False,
-    check: Callable[[sources.Source], None] = lambda source: None,
+    check: Callable[[Source], None] = lambda source: None,
 ) -> pathlib.Path:
     """Prepares a data set, with a progress bar, unless that is done already; returns its folder.
 
@@ -68,7 +74,8 @@ def prepare(
                 source = sources.open_source(dataset_name, data_dir, manual_dir, train_split)
                 sources.check_split(train_split, source.counts, source.origin)
                 check(source)
-                print(f"Preparing {source.total:,} images of {source.origin} in {final}, once.", flush=True)
+                count = f"{'about ' * source.estimated}{source.total:,}"
+                print(f"Preparing {count} images of {source.origin} in {final}, once.", flush=True)
                 if others := source.passed_over:
                     suffixes = ", ".join(sorted(others))
                     print(f"passed over: {sum(others.values()):,} files with other suffixes ({suffixes})")
@@ -112,62 +119,101 @@ def _check_unread(final: pathlib.Path) -> None:
 
 
 def _write(
-    source: sources.Source, final: pathlib.Path, size: int, train_split: str, allow_unreadable: int, max_pixels: int
+    source: Source, final: pathlib.Path, size: int, train_split: str, allow_unreadable: int, max_pixels: int
 ) -> None:
-    """Writes the records of a source into the folder `final`, whole or not at all; see `prepare`."""
-    tf, tfds = tensorflow(), tensorflow_datasets()
-    partial = _partial(final)
-    shutil.rmtree(partial, ignore_errors=True)  # an interrupted preparation leaves one
-    features = {
-        "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg" if size > LOSSLESS_UP_TO else "png"),
-        "label": tfds.features.ClassLabel(names=list(source.class_names)),
-        "file_name": tfds.features.Text(),
-        "fingerprint": tfds.features.Scalar(np.int64),
-    }
+    """Writes the records of a source into the folder `final`, whole or not at all; see `prepare`.
+
+    What an interrupted preparation of the same source with the same settings has converted is used.
+    """
+    tf, partial = tensorflow(), _partial(final)
+    settings = conversion.Settings(source.origin, len(source.class_names), size, train_split, max_pixels)
+    done, written = partial / _digest(source, settings), partial / "new" / VERSION
     try:
-        partial.mkdir(parents=True)
+        _clear(partial, done)
+        written.mkdir(parents=True)
+        done.mkdir(exist_ok=True)
+        left = [portion for portion in source.portions if not conversion.is_converted(done, portion)]
+        before = len(source.portions) - len(left)
+        if before:
+            print(f"{before:,} of its {len(source.portions):,} portions were prepared before.", flush=True)
         with progress(final.parent.name.rpartition("-")[0], source.total) as advance:
-            conversion = Conversion(source, size, train_split, max_pixels, advance)
-            builder = tfds.dataset_builders.AdhocBuilder(
-                name="records",  # a folder's name may have characters that TFDS does not take
-                version=VERSION,
-                description=f"{source.origin} as {size}×{size} images.",
-                features=tfds.features.FeaturesDict(features),
-                split_datasets={split: conversion.examples(split) for split in source.counts},
-                data_dir=partial,
-                file_format="tfrecord",
-            )
-            builder.download_and_prepare()
-        if (count := len(conversion.unreadable)) > allow_unreadable:
-            raise UserError(
-                f"{count} of {source.total} files cannot be read, {allow_unreadable} are allowed; remove them, or use "
-                f"--allow_unreadable={count} (--config.dataset.allow_unreadable in main.py):{conversion.listed()}"
-            )
-        written = pathlib.Path(builder.data_path)
-        np.savez(written / "statistics.npz", **conversion.statistics.arrays())
-        overlap, overlap_as = overlaps.find(source, conversion.hashes, train_split)
+            if before:
+                advance(source.total - sum(portion.count for portion in left))
+            conversion.convert(left, settings, done, source.files_per_process, advance)
+            converted = {split: [] for split in source.counts}
+            for portion in source.portions:
+                converted[portion.split].append(conversion.Converted.load(done, portion))
+            unreadable = _unreadable(converted, allow_unreadable)
+            description = f"{source.origin} as {size}×{size} images."
+            merge(converted, written, class_names=source.class_names, size=size, description=description)
+        statistics = Statistics.total(portion.statistics() for portion in converted[train_split])
+        np.savez(written / "statistics.npz", **statistics.arrays())
+        hashes = {split: np.concatenate([portion.hashes for portion in of]) for split, of in converted.items()}
+        overlap, overlap_as = overlaps.find(source, hashes, train_split)
         content = {
             "origin": source.origin,
             "size": size,
             "train_split": train_split,
-            "examples": {split: info.num_examples for split, info in builder.info.splits.items()},
-            "unreadable": conversion.unreadable,
+            "examples": {split: sum(len(portion.lengths) for portion in of) for split, of in converted.items()},
+            "unreadable": unreadable,
             "labels": checksum(written / LABELS),
             "contents": dict(source.contents),
             "overlap": overlap,
             "overlap_as": overlap_as,
         }
         (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
-        Records.open(written)  # stores the index, and shows that the set can be read
+        Records.open(written)  # shows that the set can be read
         if final.parent.exists():
             _check_unread(final)
             final.parent.rename(_partial(final, "old"))
         written.parent.rename(final.parent)
-    except Exception as error:  # TFDS wraps some of what TensorFlow raises
+        shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:  # TensorFlow wraps what the system raises, and TFDS what TensorFlow raises
         if files.is_full(error):
             raise UserError(f"{final.parents[2]} cannot take the prepared records: its disk is full.") from error
         if isinstance(error, OSError | tf.errors.OpError):
             raise UserError(f"{final.parents[2]} cannot take the prepared records: {error}.") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial, done)
+        for folder in (done, partial):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which fails if something in it is done
+
+
+def _digest(source: Source, settings: conversion.Settings) -> str:
+    """Differs between what cannot have a converted portion in common."""
+    portions = [(portion.name, portion.count) for portion in source.portions]
+    text = repr((FORMAT, PIL.__version__, settings, source.class_names, portions, dict(source.contents), source.state))
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+def _clear(partial: pathlib.Path, done: pathlib.Path) -> None:
+    """Removes what an interrupted preparation leaves, but the portions that it has finished, in the folder `done`."""
+    for path in [*partial.glob("*"), *done.glob(".*")]:
+        if path.is_dir() and path != done:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != done:
+            path.unlink(missing_ok=True)
+
+
+def _unreadable(converted: Mapping[str, Sequence[conversion.Converted]], allowed: int) -> list[dict[str, str]]:
+    """The files without a usable image; raises `UserError` if there are too many, or no others in a split."""
+    found, total = [], 0
+    for split, portions in converted.items():
+        of_split = [item for portion in portions for item in portion.unreadable]
+        if not sum(len(portion.lengths) for portion in portions):
+            raise UserError(f"No file of the split {split!r} can be read:{_listed(of_split)}")
+        found += of_split
+        total += sum(len(portion.hashes) for portion in portions)
+    if len(found) > allowed:
+        raise UserError(
+            f"{len(found)} of {total} files cannot be read, {allowed} are allowed; remove them, or use "
+            f"--allow_unreadable={len(found)} (--config.dataset.allow_unreadable in main.py):{_listed(found)}"
+        )
+    return found
+
+
+def _listed(unreadable: Sequence[Mapping[str, str]]) -> str:
+    """A line for each unreadable file."""
+    return "".join(f"\n  {item['file']}: {item['reason']}" for item in unreadable)

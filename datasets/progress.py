@@ -13,7 +13,7 @@ from datasets import tensorflow_datasets
 
 
 @contextlib.contextmanager
-def progress(doing: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+def progress(doing: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Shows the progress of a task on stdout, see `common.progress`. What others print meanwhile is dropped."""
     shown = sys.stdout
     with quiet(), contextlib.redirect_stdout(io.StringIO()), bars.progress(doing, total, shown) as advance:

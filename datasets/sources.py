@@ -1,9 +1,8 @@
-"""Where images come from: a folder of photographs, or a TFDS builder, such as `datasets.shapes`.
+"""Where images come from: a folder of photographs, ImageNet's archives, or a TFDS builder, such as `datasets.shapes`.
 
 A source yields encoded image files as they are; `datasets.conversion` makes records of them.
 """
 
-import dataclasses
 import functools
 import io
 import os
@@ -13,51 +12,18 @@ import socket
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from common.errors import UserError, nearest, shortened, shown
 from common.files import is_full
-from datasets import folders, tensorflow, tensorflow_datasets
+from datasets import archives, folders, tensorflow, tensorflow_datasets
+from datasets.portions import File, Source, divide
 from datasets.progress import printable, progress, quiet
 
-# Archives that TFDS cannot download. Without one of them it would leave out a split, or fail without a clear reason.
-ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """One image file of a source: its name, its label, and a function that opens it for reading."""
-
-    name: str
-    label: int
-    open: Callable[[], BinaryIO]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Images to prepare.
-
-    Attributes:
-      origin: the folder or TFDS name that the images come from.
-      class_names: by label.
-      counts: number of files by split.
-      files: a function that yields the files of a split, always in the same order.
-      contents: of a folder, see `folders.contents`.
-      passed_over: number of files that have no image suffix, by suffix.
-    """
-
-    origin: str
-    class_names: tuple[str, ...]
-    counts: dict[str, int]
-    files: Callable[[str], Iterator[File]]
-    contents: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """The number of files of all splits."""
-        return sum(self.counts.values())
+IMAGENET = "imagenet2012"  # TFDS cannot download its archives; they are read without TFDS
+FILES_PER_PROCESS = 512  # see `portions.Source`
+TFDS_FILES_PER_PROCESS = 8192  # of a TFDS set: each process takes seconds to import TensorFlow
 
 
 def is_folder(name: str) -> bool:
@@ -135,14 +101,16 @@ def open_file(file: pathlib.Path) -> BinaryIO:
 
 def _folder(root: pathlib.Path, train_split: str) -> Source:
     found = folders.listing(root, train_split)
-
-    def files(split):
-        for name, label in found.files[split]:
-            yield File(name, label, functools.partial(open_file, root / name))
-
-    counts = {split: len(names) for split, names in found.files.items()}
+    portions = []
+    for split, names in found.files.items():
+        portions += divide(split, len(names), lambda a, b, names=names: functools.partial(_files, root, names[a:b]))
     origin = printable(str(root.resolve()))
-    return Source(origin, found.class_names, counts, files, found.contents, found.passed_over)
+    return Source(origin, found.class_names, tuple(portions), FILES_PER_PROCESS, found.contents, found.passed_over)
+
+
+def _files(root: pathlib.Path, names: list[tuple[str, int]]) -> Iterator[File]:
+    for name, label in names:
+        yield File(name, label, functools.partial(open_file, root / name))
 
 
 @quiet()
@@ -168,7 +136,9 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     try:
         if not builder.is_prepared():
             manual = pathlib.Path(manual_dir or directory / "downloads" / "manual").expanduser()
-            _check_at_hand(builder, directory / "downloads", manual)
+            if base == IMAGENET:
+                return _archives(builder, manual)
+            _check_at_hand(builder, directory / "downloads")
             config = tfds.download.DownloadConfig(manual_dir=manual if manual_dir else None, try_download_gcs=False)
             print(f"TFDS prepares {name} in {builder.data_path}, once.", flush=True)
             with progress(f"TFDS: {name}"):
@@ -182,24 +152,35 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
             raise UserError(f"TFDS could not get {name} ready: {' '.join(str(error).split())}") from error
         raise
 
-    def files(split):
-        try:
-            yield from read(split)
-        except Exception as error:
-            raise _damaged(name, builder.data_path, error) from error
+    portions = []
+    for split, info in builder.info.splits.items():
+        # Contests publish test images without labels, which TFDS sets to −1. Nothing can be measured on those.
+        if next(_examples(name, builder, split, 0, 1)).label >= 0:
+            count = info.num_examples
+            portions += divide(
+                split, count, lambda a, b, split=split: functools.partial(_examples, name, builder, split, a, b)
+            )
+    names = tuple(features["label"].names)
+    return Source(f"TFDS {builder.info.full_name}", names, tuple(portions), TFDS_FILES_PER_PROCESS)
 
-    def read(split):
-        examples = builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False)
+
+def _examples(name: str, builder: Any, split: str, start: int, stop: int) -> Iterator[File]:
+    """The examples start … stop − 1 of a split of a TFDS builder, in the order of storage."""
+    tfds = tensorflow_datasets()
+    try:
+        features = builder.info.features
         key = next((key for key in ("file_name", "filename", "image/filename", "id") if key in features), None)
-        for number, example in enumerate(examples.as_numpy_iterator()):
+        examples = builder.as_dataset(
+            split=f"{split}[{start}:{stop}]",
+            decoders={"image": tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),
+        )
+        for number, example in enumerate(examples.as_numpy_iterator(), start):
             identity = example[key] if key else f"{split}-{number}"
             identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
             yield File(f"{split}/{identity}", int(example["label"]), functools.partial(io.BytesIO, example["image"]))
-
-    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    # Contests publish test images without labels, which TFDS sets to −1. Nothing can be measured on those.
-    labelled = {split: count for split, count in counts.items() if count and next(files(split)).label >= 0}
-    return Source(f"TFDS {builder.info.full_name}", tuple(features["label"].names), labelled, files)
+    except Exception as error:
+        raise _damaged(name, builder.data_path, error) from error
 
 
 def _damaged(name: str, folder: pathlib.Path, error: Exception) -> UserError:
@@ -208,14 +189,20 @@ def _damaged(name: str, folder: pathlib.Path, error: Exception) -> UserError:
     return UserError(f"TFDS cannot read {name} in {folder} ({reason}); delete that folder, and TFDS prepares it again.")
 
 
-def _check_at_hand(builder, downloads: pathlib.Path, manual: pathlib.Path) -> None:
-    """Refuses at once what TFDS would find out late: missing archives, no network."""
-    missing = [name for name in ARCHIVES.get(builder.name, ()) if not (manual / name).is_file()]
-    if missing:
+def _archives(builder: Any, folder: pathlib.Path) -> Source:
+    if missing := [name for name in (archives.TRAIN, archives.VALIDATION) if not (folder / name).is_file()]:
         raise UserError(
-            f"{builder.name} needs {' and '.join(missing)} in {manual}; get them from {builder.info.homepage}, or name "
+            f"{builder.name} needs {' and '.join(missing)} in {folder}; get them from {builder.info.homepage}, or name "
             f"their folder with --manual_dir of python -m tools.prepare."
         )
+    names = tuple(builder.info.features["label"].names)
+    found = archives.portions(folder, names)
+    state = archives.state(folder)
+    return Source(f"TFDS {builder.info.full_name}", names, tuple(found), FILES_PER_PROCESS, state=state, estimated=True)
+
+
+def _check_at_hand(builder: Any, downloads: pathlib.Path) -> None:
+    """Refuses at once what TFDS would find out late: there is no network."""
     downloaded = any(file.is_file() for file in downloads.glob("*"))
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS or downloaded or urllib.request.getproxies():
         return

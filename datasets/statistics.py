@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,11 +12,11 @@ SHAPES = {"mean_image": (None, None, 3), "principal_std": (3,), "principal_compo
 
 @dataclasses.dataclass
 class Statistics:
-    """Sums over the images of a training split. They are exact: whole numbers below 2^53 in float64.
+    """Sums over the images of a training split. They are exact: whole numbers.
 
     Attributes:
       count: images so far.
-      image_sum: (S, S, 3) float64, the sum of the images.
+      image_sum: (S, S, 3), the sum of the images: uint32, which takes 2^24 images, or float64.
       outer_sum: (3, 3) float64, the sum of their outer products.
     """
 
@@ -26,7 +27,19 @@ class Statistics:
     @classmethod
     def empty(cls, size: int) -> "Statistics":
         """The sums before the first image; `size` is the side in pixels."""
-        return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
+        return cls(0, np.zeros((size, size, 3), np.uint32), np.zeros((3, 3)))
+
+    @classmethod
+    def total(cls, parts: Iterable["Statistics"]) -> "Statistics":
+        """The sums over all images of one or more parts."""
+        parts = iter(parts)
+        first = next(parts)
+        found = cls(first.count, first.image_sum.astype(np.float64), first.outer_sum)
+        for part in parts:
+            found.count += part.count
+            found.image_sum += part.image_sum
+            found.outer_sum = found.outer_sum + part.outer_sum
+        return found
 
     def add(self, pixels: np.ndarray, outer: np.ndarray) -> None:
         """Adds one image, (S, S, 3) uint8, and its `outer_product`."""

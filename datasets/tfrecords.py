@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -107,13 +107,25 @@ def scan(file: pathlib.Path) -> np.ndarray:
 
 
 def fingerprint(label, record):
-    """A hash of a record and its label that tells damage: tensors, or an int and bytes, to an int64 tensor.
+    """A hash of each record and its label that tells damage: (N,) integers and strings to an (N,) int64 tensor.
 
     TFRecords carry a CRC-32C, which neither Python nor an operation of TensorFlow computes. TensorFlow promises that
     this hash will never change.
     """
     tf = tensorflow()
     return tf.strings.to_hash_bucket_fast(tf.strings.join([tf.strings.as_string(label), ":", record]), 1 << 62)
+
+
+def serialize(images: Sequence[bytes], labels: Sequence[int], file_names: Sequence[bytes]) -> Iterator[bytes]:
+    """The serialised examples of encoded images, as `parse` and TFDS read them."""
+    train = tensorflow().train
+    hashes = fingerprint(np.array(labels), np.array(images, object)).numpy().tolist()
+    for image, label, file_name, hashed in zip(images, labels, file_names, hashes, strict=True):
+        texts = {"image": image, "file_name": file_name}
+        numbers = {"label": label, "fingerprint": hashed}
+        features = {key: train.Feature(bytes_list=train.BytesList(value=[value])) for key, value in texts.items()}
+        features |= {key: train.Feature(int64_list=train.Int64List(value=[value])) for key, value in numbers.items()}
+        yield train.Example(features=train.Features(feature=features)).SerializeToString(deterministic=True)
 
 
 def parse(serialized, num_classes: int):

@@ -78,33 +78,39 @@ def decoded(file: bytes) -> np.ndarray:
 
 
 def make_miniature_imagenet(
-    manual_dir: pathlib.Path, per_class: int = 2, validation: int = 10, size: int | tuple[int, int] = (96, 80)
+    manual_dir: pathlib.Path, per_class: int = 1, validation: int = 10, size: int | tuple[int, int] = (48, 40)
 ) -> dict[str, dict[str, str]]:
     """Writes the archives of `imagenet2012` with their true structure and names, but few and small images.
 
-    The validation archive has the first `validation` images of the true one. The training archive has one archive of
-    `per_class` images for each of their synsets.
+    The training archive has one archive of `per_class` images for each of the 1,000 classes, and the validation archive
+    the first `validation` images of the true one.
 
     Returns:
       The synset of every file, by split: {'train': {'n01440764_0.JPEG': 'n01440764', …}, 'validation': …}.
     """
     manual_dir.mkdir(parents=True, exist_ok=True)
-    labels = (LABELS / "validation_labels.txt").read_text().split()[:validation]
     synsets = {"train": {}, "validation": {}}
     with tarfile.open(manual_dir / "ILSVRC2012_img_train.tar", "w") as archive:
-        for synset in sorted(set(labels)):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as images:
-                for i in range(per_class):
-                    add(images, f"{synset}_{i}.JPEG", encoded(picture(synset, i, size)))
-                    synsets["train"][f"{synset}_{i}.JPEG"] = synset
-            add(archive, f"{synset}.tar", inner.getvalue())
+        for synset in (LABELS / "labels.txt").read_text().split():
+            images = {f"{synset}_{i}.JPEG": encoded(picture(synset, i, size)) for i in range(per_class)}
+            synsets["train"] |= dict.fromkeys(images, synset)
+            add(archive, f"{synset}.tar", tar_of(images))
+    labels = (LABELS / "validation_labels.txt").read_text().split()[:validation]
     with tarfile.open(manual_dir / "ILSVRC2012_img_val.tar", "w") as archive:
         for i, synset in enumerate(labels):
             name = f"ILSVRC2012_val_{i + 1:08d}.JPEG"
             add(archive, name, encoded(picture(synset, 1_000_000 + i, size)))
             synsets["validation"][name] = synset
     return synsets
+
+
+def tar_of(members: Mapping[str, bytes]) -> bytes:
+    """A tar archive of files by name."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members.items():
+            add(archive, name, content)
+    return file.getvalue()
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -168,6 +168,8 @@ def test_a_failed_second_preparation_leaves_the_first(tmp_path):
     (folder / "train/a/bad.jpg").write_text("text")
     assert "1 of 7 files cannot be read" in sentence(prepare, folder, tmp_path, again=True)
     assert {file.name: file.read_bytes() for file in first.iterdir()} == before
+    (folder / "train/a/bad.jpg").unlink()
+    prepare(folder, tmp_path, again=True)
     assert sorted(os.listdir(tmp_path / "data/prepared")) == ["photos-32"]  # noqa: PTH208
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -68,37 +69,28 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_archives_write_nothing_beside_the_data(tmp_path):
-    manual = tmp_path / "home/tars"
-    synsets = data.make_miniature_imagenet(manual, validation=3)
-    image = data.encoded(data.picture("evil", 0))
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w") as images:
-        for name in ("../../../evil.JPEG", f"{tmp_path}/evil.JPEG", "/evil.JPEG"):
-            data.add(images, name, image)
-        link = tarfile.TarInfo("evil_link.JPEG")
-        link.type, link.linkname = tarfile.SYMTYPE, "../../../photo"
-        images.addfile(link)
-    with tarfile.open(manual / "ILSVRC2012_img_train.tar", "a") as archive:
-        data.add(archive, "n01440764.tar", inner.getvalue())
-        for name in ("../../../evil.tar", f"{tmp_path}/evil.tar", "/evil.tar"):
-            data.add(archive, name, inner.getvalue())
+@pytest.mark.parametrize("name", ["../../../evil", "{root}/evil", "/evil"])
+@pytest.mark.parametrize("where", ["train", "class", "validation"])
+def test_archives_write_nothing_beside_the_data(tmp_path, name, where):
+    manual, name = tmp_path / "home/tars", name.format(root=tmp_path)
+    data.make_miniature_imagenet(manual, validation=3, size=8)
+    image = data.encoded(data.picture("evil", 0, 8))
+    train, validation = (manual / f"ILSVRC2012_img_{split}.tar" for split in ("train", "val"))
+    with tarfile.open(validation if where == "validation" else train, "a") as archive:
+        if where == "class":  # a later archive of the class takes the place of the one before
+            data.add(archive, "n01440764.tar", data.tar_of({f"{name}.JPEG": image}))
+        else:
+            data.add(archive, f"{name}.{'tar' if where == 'train' else 'JPEG'}", data.tar_of({"x.JPEG": image}))
         for kind in tarfile.SYMTYPE, tarfile.LNKTYPE:
             link = tarfile.TarInfo("n01443537.tar")
             link.type, link.linkname = kind, "/etc/passwd"
             archive.addfile(link)
-    with tarfile.open(manual / "ILSVRC2012_img_val.tar", "a") as archive:
-        data.add(archive, "../../../evil.JPEG", image)
-
     before = tree(tmp_path)
-    directory = preparing.prepare("imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32)
+    with pytest.raises(UserError, match=f"holds {re.escape(name)}"):
+        preparing.prepare("imagenet2012", data_dir=str(tmp_path / "home/data"), manual_dir=str(manual), size=32)
     after = {name: time for name, time in tree(tmp_path).items() if not f"{name}/".startswith("home/data/")}
     assert after | {"home": 0} == before | {"home": 0}, "but that it holds the data, the folder above has not changed"
-    assert not pathlib.Path("/evil.tar").exists()
-    assert not pathlib.Path("/evil.JPEG").exists()
-    # What is stored is what is named as images of ImageNet are.
-    opened = prepared.Records.open(directory)
-    assert {split: opened.num_examples(split) for split in opened.splits} == {s: len(f) for s, f in synsets.items()}
+    assert not list(pathlib.Path("/").glob("evil*"))
 
 
 # Says which hosts Python asks for while it prepares few shapes, a miniature ImageNet, and what the flags name.
