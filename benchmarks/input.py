@@ -75,10 +75,13 @@ class Timed:
 
 
 def clock(images: int, function: Callable[[], Any]) -> tuple[int, float, float]:
-    """Calls a function that handles `images` images; returns `images`, seconds and this process's processor seconds."""
-    seconds, cpu_seconds = time.perf_counter(), time.process_time()
+    """Calls a function that handles `images` images; returns `images`, seconds and processor seconds.
+
+    The latter are those of this process, and of processes that the function starts and waits for.
+    """
+    seconds, cpu_seconds = time.perf_counter(), sum(os.times()[:4])
     function()
-    return images, time.perf_counter() - seconds, time.process_time() - cpu_seconds
+    return images, time.perf_counter() - seconds, sum(os.times()[:4]) - cpu_seconds
 
 
 def records(opened: prepared.Records, config: Any, images: int) -> tuple[int, float, float]:
