@@ -9,6 +9,7 @@ Importing this module does not import TensorFlow.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.errors import UserError, check_name, check_ranges, require, shortene
 from datasets import images, prepared, tensorflow, tfrecords
 
 Batch = dict[str, np.ndarray]
+GROUP = 8  # images that are decoded in one call, at most
 
 
 def validate(options: Any) -> None:
@@ -230,10 +232,22 @@ def _batches(
     settings.deterministic = True
     settings.threading.private_threadpool_size = threads
     read = tf.data.Dataset.from_generator(chunks, output_signature=signature)
-    # Parsed a batch at a time, because each call of an operation costs microseconds.
+    # Parsed a batch at a time and viewed a group at a time, because each call costs microseconds.
+    group = math.gcd(rows, GROUP)
     parse = functools.partial(tfrecords.parse, num_classes=records.num_classes)
-    examples = read.map(lambda data, *rest: (*parse(data), *rest)).prefetch(2).unbatch()
-    batches = examples.map(view, num_parallel_calls=threads).batch(rows, drop_remainder=True)
+
+    def grouped(data, *rest):
+        return tuple(tf.reshape(x, [rows // group, group, *x.shape[1:]]) for x in (*parse(data), *rest))
+
+    def views(*columns):
+        made = [view(*row) for row in zip(*map(tf.unstack, columns), strict=True)]
+        return tf.nest.map_structure(lambda *one: tf.stack(one), *made)
+
+    def joined(groups):
+        return {name: tf.reshape(x, [rows, *x.shape[2:]]) for name, x in groups.items()}
+
+    examples = read.map(grouped).prefetch(2).unbatch()
+    batches = examples.map(views, num_parallel_calls=threads).batch(rows // group, drop_remainder=True).map(joined)
     try:
         yield from batches.with_options(settings).prefetch(2).as_numpy_iterator()
     except damaged as error:
