@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import check_name, check_ranges, require, shown
-from models import ops
-from models.layers import ACTIVATIONS
+from models import ops, towers
+from models.ops import ACTIVATIONS
 from parallel import Towers
 
 
@@ -38,21 +38,32 @@ class CifarNet(nn.Module):
     def setup(self):
         """The four layers, with the source's standard deviations of the initial weights."""
 
-        def conv(features, deviation):
-            kernel_init = nn.initializers.normal(deviation)
-            return nn.Conv(features, (5, 5), padding=2, dtype=self.dtype, kernel_init=kernel_init)
+        def layer(features, kernel_size, deviation):
+            return towers.TowerLayer(
+                features=features,
+                kernel_size=kernel_size,
+                stride=1,
+                padding=2,
+                kernel_init=nn.initializers.normal(deviation),
+                bias_init=nn.initializers.zeros,
+                groups=1,
+                towers=self.placement,
+                dtype=self.dtype,
+            )
 
-        self.conv1, self.conv2, self.conv3 = conv(32, 1e-4), conv(32, 0.01), conv(64, 0.01)
-        self.fc10 = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))
+        self.conv1, self.conv2, self.conv3 = layer(32, 5, 1e-4), layer(32, 5, 0.01), layer(64, 5, 0.01)
+        self.fc10 = layer(self.num_classes, 0, 0.01)
 
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
         """Maps (N, 32, 32, 3) images to logits; see `models`."""
         del train, rows
-        x = images.astype(self.dtype)
-        x = self.normalize(self.activate(self.pool(self.conv1(x))))
+        return self.fc10(self.convolutional(images.astype(self.dtype))).astype(jnp.float32)
+
+    def convolutional(self, images: jax.Array) -> jax.Array:
+        """Maps (N, 32, 32, 3) images to what fc10 sees, (N, 4, 4, 64)."""
+        x = self.normalize(self.activate(self.pool(self.conv1(images))))
         x = self.normalize(self.average(self.activate(self.conv2(x))))
-        x = self.average(self.activate(self.conv3(x)))
-        return self.fc10(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        return self.average(self.activate(self.conv3(x)))
 
     def activate(self, x: jax.Array) -> jax.Array:
         """The activation that is compared."""

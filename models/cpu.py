@@ -13,12 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models import default, layers
+from models import default, layers, winograd
 from models.layers import sum_dtype
 
 # Of a chunk.
-PATCHES_BYTES = 10 << 20
+PATCHES_BYTES = 12 << 20
 MAPS_BYTES = 8 << 20
+TILES_BYTES = 16 << 20
+# With fewer maps Winograd's transforms cost more than the products that they save.
+LEAST_MAPS = 16
+# With fewer channels XLA's convolution is slow.
+LEAST_CHANNELS = 8
 
 
 def _chunk(examples: int, bytes_each: int, limit: int) -> int:
@@ -37,73 +42,119 @@ def _chunk_of_maps(x):
 # Convolution.
 
 
-def _fold(x, window, stride, padding):
-    """Pads x and merges every `stride` neighbouring pixels of a row into one pixel with stride · C channels.
+class _Folding:
+    """Merges the neighbouring pixels of a row into blocks, so that a convolution sees fewer pixels with more channels.
 
-    The convolution then strides down only. Merging along a row is a change of shape; across rows it would move pixels.
+    With a stride, a block has `stride` pixels, and the convolution strides down only. With stride 1 and few channels,
+    it has two pixels and gives both outputs. Merging along a row is a change of shape; across rows it would move
+    pixels.
+
+    Attributes:
+      block: pixels in a block.
+      outputs: outputs of a block along the row.
+      seen: blocks that one block of outputs sees.
     """
-    (top, bottom), (left, right) = padding
-    n, height, width, channels = x.shape
-    reach = (width + left + right - window) // stride - (-window // stride)  # blocks that some window sees
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, reach * stride - width - left, 0), (0, 0, 0))
-    )
-    return x.reshape(n, height + top + bottom, reach, stride * channels)
+
+    def __init__(self, kernel, output, stride, padding):
+        self._shape, self._stride, self._padding = kernel.shape, stride, padding
+        few = stride == 1 and kernel.shape[2] < LEAST_CHANNELS and output[2] % 2 == 0
+        self.block = 2 if few else stride
+        self.outputs = self.block // stride
+        self.seen = -(-(kernel.shape[1] + self.block - stride) // self.block)
+
+    def pixels(self, x, columns):
+        """Pads x and merges its pixels, for so many `columns` of output."""
+        (top, bottom), (left, _) = self._padding
+        n, height, width, channels = x.shape
+        reach = columns // self.outputs - 1 + self.seen  # blocks that some window sees
+        widths = ((0, 0, 0), (top, bottom, 0), (left, reach * self.block - width - left, 0), (0, 0, 0))
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        return x.reshape(n, height + top + bottom, reach, self.block * channels)
+
+    def kernel(self, kernel):
+        """A kernel for these pixels, with the features of each output of a block: zeros fill its blocks."""
+        height, width, channels, features = kernel.shape
+        fill = self.seen * self.block - width
+        copies = [default.pad(kernel, 1, at, fill - at) for at in range(0, self.block, self._stride)]
+        return jnp.stack(copies, 3).reshape(height, self.seen, self.block * channels, self.outputs * features)
+
+    def unfold(self, total):
+        """From the gradient by such a kernel, (height, seen · block, C, outputs, F), to that by the kernel."""
+        width = self._shape[1]
+        starts = range(0, self.block, self._stride)
+        return functools.reduce(jnp.add, (total[:, at : at + width, :, i] for i, at in enumerate(starts)))
+
+    def chunk(self, x, output):
+        """How many examples' patches make a chunk."""
+        patch = self._shape[0] * self.seen * self.block * self._shape[2]
+        return _chunk(len(x), math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
 
 
-def _fold_kernel(kernel, stride):
-    """A kernel for what `_fold` returns: zeros fill its last block."""
-    height, width, channels, features = kernel.shape
-    return default.pad(kernel, 1, 0, -width % stride).reshape(height, -1, stride * channels, features)
-
-
-def _chunk_of_patches(x, kernel, output, stride):
-    """How many examples' patches (of `_fold`ed pixels) make a chunk."""
-    folded = -(-kernel.shape[1] // stride) * stride
-    patch = kernel.shape[0] * folded * kernel.shape[2]
-    return _chunk(len(x), math.prod(output[1:3]) * patch * x.dtype.itemsize, PATCHES_BYTES)
+def _in_tiles(x, kernel, output, stride) -> int:
+    """How many examples a chunk of Winograd's form of a convolution has; 0 where it would not be faster."""
+    side, _, channels, features = kernel.shape
+    square = stride == 1 and kernel.shape[1] == side and side in winograd.TILES and x.dtype == sum_dtype(x.dtype)
+    if not square or min(channels, features) < LEAST_MAPS or winograd.multiplications(output, side) > 0.6:
+        return 0
+    each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
+    return _chunk(len(x), each, TILES_BYTES)
 
 
 @default.by_groups
 def conv(x, kernel, *, stride, padding):
-    """`layers.conv`; with a stride, pixels are folded into channels."""
+    """`layers.conv`: by Winograd, or with pixels folded into channels if there are few of these."""
     plain = functools.partial(layers.conv, stride=stride, padding=padding)
-    if stride == 1:
+    output = jax.eval_shape(plain, x, kernel).shape
+    if chunk := _in_tiles(x, kernel, output, stride):
+        return winograd.conv(x, kernel, padding, chunk)
+    folding = _Folding(kernel, output, stride, padding)
+    if folding.block == 1:
         return plain(x, kernel)
     # XLA gathers the patches of all the examples that it is given before it multiplies them.
-    output = jax.eval_shape(plain, x, kernel).shape
-    folded_kernel = _fold_kernel(kernel, stride)
+    folded_kernel = folding.kernel(kernel)
 
     def part(x):
-        folded = _fold(x, kernel.shape[1], stride, padding)
+        folded = folding.pixels(x, output[2])
         return lax.conv_general_dilated(
             folded, folded_kernel, (stride, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return lax.map(part, _split(x, _chunk_of_patches(x, kernel, output, stride))).reshape(output)
+    return lax.map(part, _split(x, folding.chunk(x, output))).reshape(output)
+
+
+@default.by_groups
+def conv_input_gradient(x, kernel, g, *, stride, padding):
+    """The gradient by x: a convolution of g with the kernel turned about, by Winograd if it pays."""
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    if chunk := _in_tiles(g, turned, x.shape, stride):
+        around = [tuple(len(kernel) - 1 - zeros for zeros in sides) for sides in padding]
+        return winograd.conv(g, turned, around, chunk)
+    return default.input_gradient(layers.conv, x, kernel, g, stride=stride, padding=padding)
 
 
 @default.by_groups
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     """The gradient by the kernel: products of what each output pixel saw with its g, some examples at a time."""
-    height, width, channels, features = kernel.shape
-    blocks = -(-width // stride)
-    rows, columns = g.shape[1:3]
-    chunk = _chunk_of_patches(x, kernel, g.shape, stride)
-    xs, gs = _split(x, chunk), _split(g, chunk)
+    height, _, channels, features = kernel.shape
+    if chunk := _in_tiles(x, kernel, g.shape, stride):
+        return winograd.kernel_gradient(x, g, height, padding, chunk)
+    folding = _Folding(kernel, g.shape, stride, padding)
+    rows, columns = g.shape[1], g.shape[2] // folding.outputs
+    chunk = folding.chunk(x, g.shape)
+    xs, gs = _split(x, chunk), _split(g.reshape(len(g), rows, columns, -1), chunk)
 
     def product(i):
-        folded = _fold(xs[i], width, stride, padding)
+        folded = folding.pixels(xs[i], g.shape[2])
         reach = (rows - 1) * stride + 1
-        seen = [folded[:, r : r + reach : stride, b : b + columns] for r in range(height) for b in range(blocks)]
+        seen = [folded[:, r : r + reach : stride, b : b + columns] for r in range(height) for b in range(folding.seen)]
         patches = jnp.concatenate(seen, axis=-1).astype(sum_dtype(x.dtype))
         # Features first, because the left operand is the one that gets transposed, and g is the smaller.
         return lax.dot_general(gs[i].astype(sum_dtype(x.dtype)), patches, (((0, 1, 2),) * 2, ((), ())))
 
     # The first chunk starts the sum: a zero would not vary over devices under shard_map, and the sum does.
     total = lax.fori_loop(1, len(xs), lambda i, total: total + product(i), product(0))
-    total = total.T.reshape(height, blocks * stride, channels, features)[:, :width]
-    return total.astype(kernel.dtype)
+    total = total.T.reshape(height, -1, channels, folding.outputs, features)
+    return folding.unfold(total).astype(kernel.dtype)
 
 
 # Response normalisation.
