@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     devices = targets.devices(args.target, args.devices)
     runs = []
     for batch_size in args.batch_sizes:
-        config = measure.recipe(args.config, batch_size, args.width, args.dtype)
+        config = measure.recipe(args.model, batch_size, args.width, args.dtype)
         layout = parallel.Layout(
             args.devices_per_network, towers=config.model.towers, batch_size=batch_size, devices=devices
         )
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             show(runs[-1])
     return {
         "estimate": WARNING,
-        "config": args.config,
+        "model": args.model,
         "width": args.width,
         "dtype": args.dtype,
         "target": args.target,
@@ -242,7 +242,9 @@ def main() -> None:
     parser.add_argument("--target", required=True, help=f"the device: {', '.join(targets.TARGETS)}")
     parser.add_argument("--devices", type=int, default=1, help="how many of them")
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
-    parser.add_argument("--config", default="configs/alexnet.py", help="the recipe whose network is compiled")
+    parser.add_argument(
+        "--model", choices=tuple(measure.RECIPES), default="alexnet", help="the network that is compiled"
+    )
     parser.add_argument("--batch_sizes", type=_list_of(int), default=[128], help="rows of all devices together")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

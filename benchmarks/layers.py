@@ -1,4 +1,4 @@
-"""Time of each layer, forward and backward, against its floor: `python -m benchmarks.layers [--config=…]`.
+"""Time of each layer, forward and backward, against its floor: `python -m benchmarks.layers [--model=…]`.
 
 Each part of the network runs alone on data that are on the device, with the shapes that it has in the training step.
 Its floor is the longer of two times: that of its operations at the machine's rate of matrix products, and that of the
@@ -168,7 +168,12 @@ def run(config: Any, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Parses the flags, measures, and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/alexnet.py", help="the recipe whose network and update are timed")
+    parser.add_argument(
+        "--model",
+        choices=tuple(measure.RECIPES),
+        default="alexnet",
+        help="the network whose layers and update are timed",
+    )
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -176,8 +181,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         check_ranges(vars(args), {"rounds": (1, 1000)}, "--")
-        config = measure.recipe(args.config, args.batch_size, args.width, args.dtype)
-        measure.report("layers", {"config": args.config} | run(config, args.rounds))
+        config = measure.recipe(args.model, args.batch_size, args.width, args.dtype)
+        measure.report("layers", run(config, args.rounds))
     except UserError as error:
         fail(str(error))
 

@@ -26,14 +26,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMAGENET_IMAGES = 1_281_167  # of the training split
 
 
+# The recipe that has a network of `models.MODELS` as its source has it.
+RECIPES = {"alexnet": "configs/alexnet.py", "cifar": "configs/cifar10.py", "torchvision": "configs/torchvision.py"}
+
+
 def recipe(
-    path: str = "configs/alexnet.py", batch_size: int = 128, width: float = 1.0, dtype: str = "float32"
+    model: str = "alexnet", batch_size: int = 128, width: float = 1.0, dtype: str = "float32"
 ) -> ml_collections.ConfigDict:
-    """The config of a recipe, FILE[:VARIANT], with these values; raises `UserError` if one is out of range."""
+    """The config of a network's recipe with these values; raises `UserError` if one is out of range."""
     check_ranges({"batch_size": batch_size, "width": width}, {"batch_size": (1, 1 << 20), "width": (1e-3, 64)}, "--")
-    config = cli.load_config(str(ROOT / path))
+    config = cli.load_config(str(ROOT / RECIPES[model]))
     if width != 1 and "width" not in config.model:
-        raise UserError(f"--width={width}, but the network of {path} has one width.")
+        raise UserError(f"--width={width}, but the network {model} has one width.")
     if "width" in config.model:
         config.model.width = width
     config.batch_size, config.model.dtype = batch_size, dtype

@@ -5,7 +5,7 @@
 
 From the names of the files to the probabilities on the host, as tools.predict computes them, with initial weights. The
 peer is the same network in PyTorch, in a process of its own so that the threads of neither meet those of the other: a
-DataLoader with Pillow and worker processes, and its best settings (see `torch_alexnet.Prediction`). The two run in
+DataLoader with Pillow and worker processes, and its best settings (see `torch_networks.Prediction`). The two run in
 turn, round by round, and must give the same probabilities.
 """
 
@@ -74,10 +74,10 @@ class Peer:
 
 def _serve(pipe, options):
     try:
-        from benchmarks import torch_alexnet
+        from benchmarks import torch_networks
 
         host.keep_freed_memory()
-        prediction = torch_alexnet.Prediction(**options)
+        prediction = torch_networks.Prediction(**options)
         pipe.send(prediction())
         while pipe.recv():
             begun = time.perf_counter()
@@ -142,7 +142,7 @@ def main() -> None:
         bounds = {"images": (1, 1 << 20), "batch_size": (1, 1 << 16), "rounds": (1, 1000), "workers": (0, 256)}
         check_ranges(vars(args), bounds, "--")
         host.keep_freed_memory()
-        config = measure.recipe("configs/alexnet.py", width=args.width)
+        config = measure.recipe(width=args.width)
         with tempfile.TemporaryDirectory() as temporary:
             sample = photographs.sample(
                 pathlib.Path(args.photographs), pathlib.Path(temporary, "photographs"), args.images, 0

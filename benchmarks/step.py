@@ -4,7 +4,7 @@
     python -m benchmarks.step --compare=layouts --devices=2     two devices, a tower on each, beside one
     python -m benchmarks.step --batch_sizes=16,32,64,128        time against the batch
     python -m benchmarks.step --widths=0.25,0.5,1               and against the width
-    python -m benchmarks.step --config=configs/cifar10.py       another network
+    python -m benchmarks.step --model=cifar                    another network
 
 The full step of a recipe: forward, backward, update, dropout, response normalisation. The candidates run in turn, round
 by round, and between them the machine's own rate of matrix products in the same type.
@@ -127,19 +127,19 @@ def run(config, args) -> dict[str, Any]:
         steps["one device"] = Step(config, 1, 1)
     if args.compare == "torch":
         try:
-            from benchmarks import torch_alexnet
+            from benchmarks import torch_networks
         except ImportError as error:
             raise UserError(f"{error}; `pip install -r requirements-benchmarks.txt` installs PyTorch.") from None
         ours = steps["jax"]
-        steps["torch"] = torch_alexnet.Step(
-            ours.params,
-            ours.host_batch,
-            views.center(ours.mean, config.input.crop),
-            device="cpu" if jax.default_backend() == "cpu" else "cuda",
-            dtype=config.model.dtype,
-            compiled=args.torch_compile,
-            rate=config.optimizer.learning_rate,
-        )
+        for name, compiled in (("torch", False), ("compiled torch", True))[: 1 + args.torch_compile]:
+            steps[name] = torch_networks.Step(
+                config,
+                ours.params,
+                ours.host_batch,
+                views.center(ours.mean, config.input.crop),
+                device="cpu" if jax.default_backend() == "cpu" else "cuda",
+                compiled=compiled,
+            )
         difference = np.abs(ours.forward() - steps["torch"].forward()).max() / np.abs(ours.forward()).max()
         print(f"the logits of both differ by {difference:.1e} of the largest")
         # GPUs compute float32 products in TF32, whose mantissa is hardly longer than bfloat16's.
@@ -196,7 +196,9 @@ def _numbers(kind: type):
 def main() -> None:
     """Parses the flags, measures, and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/alexnet.py", help="the recipe whose network and step are timed")
+    parser.add_argument(
+        "--model", choices=tuple(measure.RECIPES), default="alexnet", help="the network whose step is timed"
+    )
     parser.add_argument("--batch_sizes", type=_numbers(int), default=[128])
     parser.add_argument("--widths", type=_numbers(float), default=[1.0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--compare", choices=("torch", "layouts"))
     parser.add_argument(
-        "--torch_compile", action="store_true", help="torch.compile, which needs a C++ compiler on CPUs"
+        "--torch_compile", action="store_true", help="beside torch.compile too, which needs a C++ compiler on CPUs"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="at least so long for one measurement")
@@ -213,8 +215,8 @@ def main() -> None:
         check_ranges(vars(args), {"devices": (1, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
         if args.torch_compile and args.compare != "torch":
             raise UserError("--torch_compile goes with --compare=torch.")
-        if args.compare == "torch" and measure.recipe(args.config).model.name != "alexnet":
-            raise UserError(f"--compare=torch has a PyTorch form of alexnet only, not of {args.config}.")
+        if args.compare == "torch" and args.model == "torchvision":
+            raise UserError("--compare=torch has PyTorch forms of alexnet and cifar, not of torchvision.")
         on_cpu = jax.config.jax_platforms in (None, "", "cpu")
         if args.devices > 1 and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)
@@ -223,9 +225,9 @@ def main() -> None:
         results = []
         for width in args.widths:
             for batch_size in args.batch_sizes:
-                config = measure.recipe(args.config, batch_size, width, args.dtype)
+                config = measure.recipe(args.model, batch_size, width, args.dtype)
                 config.optimizer.learning_rate = 1e-4  # stays finite on noise
-                results.append({"config": args.config} | run(config, args))
+                results.append({"model": args.model} | run(config, args))
                 print(", ".join(f"{name} {value}" for name, value in results[-1].items()))
         measure.report("step", results[0] if len(results) == 1 else {"runs": results})
     except UserError as error:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import reference
-from models import cpu, layers, ops
+from models import cpu, layers, ops, winograd
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
 FORMS = {"default": {}, **{module.__name__: {"cpu": module} for module in ops.PLATFORMS.values()}}
@@ -212,7 +212,22 @@ CONVOLUTIONS = [  # bytes of patches in a chunk, shape of the maps, of the kerne
     (40_000, (7, 20, 20, 3), (8, 8, 3, 4), 4, ((2, 2), (2, 2))),
     (40_000, (2, 8, 8, 3), (5, 2, 3, 4), 2, "VALID"),  # a kernel that is not square
     (40_000, (2, 6, 9, 3), (5, 2, 3, 4), 2, "VALID"),
+    (40_000, (4, 9, 8, 3), (5, 5, 3, 4), 1, ((2, 2), (2, 2))),  # two outputs in a block
+    (1, (2, 9, 9, 3), (2, 3, 3, 4), 1, ((0, 1), (2, 1))),
+    (1, (6, 13, 12, 18), (3, 3, 18, 17), 1, ((1, 1), (1, 1))),  # by Winograd, this one and those below
+    (1, (2, 12, 27, 20), (5, 5, 20, 16), 1, ((2, 2), (2, 2))),
+    (1, (2, 10, 12, 16), (5, 5, 16, 16), 1, ((0, 3), (4, 1))),
+    (1, (1, 14, 6, 16), (3, 3, 16, 16), 1, "VALID"),
 ]
+
+
+@pytest.mark.parametrize("side", sorted(winograd.TILES))
+def test_winograds_matrices_convolve(side):
+    across, of_kernel, of_data = winograd.matrices(side)
+    rng = np.random.default_rng(side)
+    kernel, data = rng.standard_normal(side), rng.standard_normal(len(of_data))
+    wanted = np.correlate(data, kernel, "valid")
+    np.testing.assert_allclose(across @ ((of_kernel @ kernel) * (of_data @ data)), wanted, atol=1e-12)
 
 
 def check_conv(x, kernel, stride, padding, groups=1, **options):
@@ -231,6 +246,7 @@ def check_conv(x, kernel, stride, padding, groups=1, **options):
 @pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
     monkeypatch.setattr(cpu, "PATCHES_BYTES", chunk_bytes)
+    monkeypatch.setattr(cpu, "TILES_BYTES", chunk_bytes)
     check_conv(x, kernel, stride, padding)
 
 

@@ -1,4 +1,4 @@
-"""The same network, its training step and its predictions in PyTorch, as fast as PyTorch makes them."""
+"""The same networks, their training step and predictions in PyTorch, as fast as PyTorch makes them."""
 
 from typing import Any
 
@@ -61,36 +61,73 @@ class AlexNet(torch.nn.Module):
         return self.normalize(x.reshape(2 * n, maps // 2, height, width)).reshape(x.shape)
 
 
+class CifarNet(torch.nn.Module):
+    """The four-layer network for CIFAR-10, without response normalisation.
+
+    Args:
+      params: the merged parameters of the JAX network.
+    """
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+        super().__init__()
+        self.layers = torch.nn.ModuleDict()
+        for name, leaves in params.items():
+            kernel, bias = (torch.tensor(np.asarray(leaves[kind])) for kind in ("kernel", "bias"))
+            if name == "fc10":  # from rows, columns, maps of NHWC to maps, rows, columns
+                maps = params["conv3"]["bias"].shape[0]
+                kernel = kernel.reshape(-1, maps, kernel.shape[1]).permute(2, 1, 0).reshape(kernel.shape[1], -1)
+                layer = torch.nn.Linear(*reversed(kernel.shape))
+            else:
+                kernel = kernel.permute(3, 2, 0, 1)
+                layer = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=2)
+            layer.weight.data, layer.bias.data = kernel.contiguous(), bias
+            self.layers[name] = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 32, 32) with the mean subtracted to (N, classes)."""
+        layers = self.layers
+        x = F.relu(F.max_pool2d(layers["conv1"](x), 3, 2, ceil_mode=True))
+        x = F.avg_pool2d(F.relu(layers["conv2"](x)), 3, 2, ceil_mode=True)
+        x = F.avg_pool2d(F.relu(layers["conv3"](x)), 3, 2, ceil_mode=True)
+        return layers["fc10"](x.flatten(1))
+
+
+# By the names of `models.MODELS`, with the layout of the maps that is the faster one on two cores.
+NETWORKS = {"alexnet": (AlexNet, torch.contiguous_format), "cifar": (CifarNet, torch.channels_last)}
+
+
 class Step:
     """The training step: uint8 images on the device to updated weights.
 
     Args:
+      config: the recipe.
       params, batch, mean: as the JAX step has them.
-      device: 'cpu' or 'cuda'; the latter takes channels_last, bfloat16 autocast (if `dtype` says so), cuDNN's
+      device: 'cpu' or 'cuda'; the latter takes channels_last, bfloat16 autocast (if the config says so), cuDNN's
         autotuning and a fused optimizer.
       compiled: whether to use `torch.compile`.
     """
 
-    def __init__(self, params: Any, batch: dict[str, np.ndarray], mean: np.ndarray, *, device, dtype, compiled, rate):
+    def __init__(self, config: Any, params: Any, batch: dict[str, np.ndarray], mean: np.ndarray, *, device, compiled):
         self.device = torch.device(device)
         self._cuda = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # JAX's default too
-        self.network = AlexNet(params).to(self.device)
-        layout = torch.channels_last if self._cuda else torch.contiguous_format
+        network, layout = NETWORKS[config.model.name]
+        self.network, layout = network(params).to(self.device), torch.channels_last if self._cuda else layout
         self.network = self.network.to(memory_format=layout)
         kernels = [p for name, p in self.network.named_parameters() if name.endswith("weight")]
         biases = [p for name, p in self.network.named_parameters() if name.endswith("bias")]
-        groups = [{"params": kernels, "weight_decay": 5e-4}, {"params": biases, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=self._cuda or None)
+        rule = config.optimizer
+        groups = [{"params": kernels, "weight_decay": rule.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=rule.learning_rate, momentum=0.9, fused=self._cuda or None)
         self._images = torch.tensor(batch["image"]).to(self.device)
         self._labels = torch.tensor(batch["label"]).long().to(self.device)
         self._shift = torch.tensor(batch["shift"]).to(self.device)
         self._mean = torch.tensor(mean).to(self.device)
-        self._bfloat16 = dtype == "bfloat16"
+        self._bfloat16 = config.model.dtype == "bfloat16"
         self._layout = layout
         self._loss = torch.compile(self._loss_of, mode="max-autotune") if compiled else self._loss_of
-        self._forward = torch.compile(self.network) if compiled else self.network
+        self._forward = torch.compile(self.network, mode="max-autotune") if compiled else self.network
 
     def _inputs(self):
         images = self._images.float() - self._mean + self._shift[:, None, None, :]
