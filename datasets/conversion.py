@@ -99,9 +99,12 @@ def _path(folder: pathlib.Path, portion: Portion) -> pathlib.Path:
 
 
 def is_converted(folder: pathlib.Path, portion: Portion) -> bool:
-    """Whether a portion is in the folder, and whole."""
+    """Whether a portion is in the folder, and whole.
+
+    One with an unreadable file is converted again: a file that is mended may keep its name and size.
+    """
     try:
-        return bool(Converted.load(folder, portion))
+        return not Converted.load(folder, portion).unreadable
     except Exception:  # NumPy raises anything
         return False
 

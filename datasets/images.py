@@ -49,7 +49,8 @@ class Budget:
     """
 
     def __init__(self, total: int, context: Any = multiprocessing.dummy):
-        self._total, self._left = total, context.Value("q", total)
+        self._total = min(total, 1 << 62)  # processes share 64 bits, and more would wrap without a word
+        self._left = context.Value("q", self._total)
         self._changed = context.Condition()
 
     @contextlib.contextmanager

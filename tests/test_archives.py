@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -192,6 +193,13 @@ def test_worker_processes_make_the_same(miniature, tmp_path, monkeypatch):
     assert not started, "this process converted them"
 
 
+def test_processes_share_any_budget():
+    budget = images.Budget(1 << 64, multiprocessing.get_context("spawn"))
+    assert budget._left.value >= 1 << 60
+    with budget.hold(1 << 30):
+        pass
+
+
 def interrupt_after(monkeypatch, count):
     """Stops a preparation once it has converted so many portions."""
     original, converted = conversion._convert_portion, []
@@ -239,6 +247,20 @@ def test_what_was_converted_otherwise_is_not_used(tmp_path, monkeypatch, capsys,
     options = {"max_pixels": 10**6} if change == "option" else {}
     assert prepare(folder, tmp_path, **options).num_examples("train") == 1000
     assert len(converted) == {"nothing": 981, "file": 982}.get(change, 1001)
+
+
+def test_a_file_that_was_mended_is_read_again(tmp_path):
+    """It has the name and the size that it had, as after a download that is repeated."""
+    data.make_folder(tmp_path / "photos", {"train": 2, "test": 1}, classes=("a", "b"), size=(50, 40))
+    file = next((tmp_path / "photos/train/a").iterdir())
+    sound = file.read_bytes()
+    file.write_bytes(bytes(len(sound)))
+    options = dict(data_dir=str(tmp_path), size=32)
+    with pytest.raises(UserError, match="1 of 3 files cannot be read"):
+        preparing.prepare(str(tmp_path / "photos"), **options)
+    file.write_bytes(sound)
+    directory = preparing.prepare(str(tmp_path / "photos"), **options)
+    assert prepared.Records.open(directory).num_examples("train") == 2
 
 
 PROGRAM = """
