@@ -155,8 +155,8 @@ def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     portions = []
     for split, info in builder.info.splits.items():
         # Contests publish test images without labels, which TFDS sets to −1. Nothing can be measured on those.
-        if next(_examples(name, builder, split, 0, 1)).label >= 0:
-            count = info.num_examples
+        count = info.num_examples
+        if count and next(_examples(name, builder, split, 0, 1)).label >= 0:
             portions += divide(
                 split, count, lambda a, b, split=split: functools.partial(_examples, name, builder, split, a, b)
             )

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zlib
 
 import numpy as np
@@ -155,6 +156,26 @@ def test_a_label_out_of_range_is_refused(tmp_path, monkeypatch):
             prepare("shapes", tmp_path, train_split="test")
         assert str(error.value) == rf"test/2\n of somewhere has the label {label}; it should be one of 0 … 1."
         assert leftovers(tmp_path) == []
+
+
+def test_a_tfds_split_without_examples_is_left_out(tmp_path, monkeypatch):
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    counts = {"train": 1, "test": 0}
+
+    def as_dataset(split, **_):
+        rows = {"image": [b"an image"], "label": [0]}
+        return tf.data.Dataset.from_tensor_slices(rows).take(counts[split.partition("[")[0]])
+
+    info = types.SimpleNamespace(
+        features={"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a"])},
+        splits={name: types.SimpleNamespace(num_examples=count) for name, count in counts.items()},
+        full_name="mnist/1.0.0",
+    )
+    builder = types.SimpleNamespace(info=info, is_prepared=lambda: True, as_dataset=as_dataset)
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: builder)
+    assert sources.open_source("mnist", str(tmp_path)).counts == {"train": 1}
 
 
 def test_images_in_two_splits_are_counted_and_named(tmp_path):
