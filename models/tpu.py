@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from models import default, layers
@@ -39,13 +38,11 @@ def dense_input_gradient(x, kernel, g):
 
 def _sum_of_maps(x, before, after, *, groups, dtype):
     """`default.sum_of_maps` of values rounded to `dtype`, as a product with a band of ones for each group."""
-    number = np.arange(x.shape[-1])
+    number = jnp.arange(x.shape[-1])  # in the program: as a constant, the band of a million maps would not fit
     distance, group = number[:, None] - number, number // (len(number) // groups)
     band = (-before <= distance) & (distance <= after) & (group[:, None] == group)
     wide = sum_dtype(dtype)
-    return jnp.matmul(
-        x.astype(dtype), jnp.asarray(band, dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
-    )
+    return jnp.matmul(x.astype(dtype), band.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
 def local_response_normalization(x, *, groups, **constants):
