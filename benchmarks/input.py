@@ -30,7 +30,6 @@ import multiprocessing
 import os
 import pathlib
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,15 +79,9 @@ def clock(images: int, function: Callable[[], Any]) -> tuple[int, float, float]:
 
     The latter are those of this process, and of processes that the function starts and waits for.
     """
-    seconds, cpu_seconds = time.perf_counter(), _processor_seconds()
+    seconds, cpu_seconds = time.perf_counter(), measure.processor_seconds()
     function()
-    return images, time.perf_counter() - seconds, _processor_seconds() - cpu_seconds
-
-
-def _processor_seconds() -> float:
-    """Of this process and of those that it has waited for, to microseconds; `os.times` knows hundredths alone."""
-    found = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in found)
+    return images, time.perf_counter() - seconds, measure.processor_seconds() - cpu_seconds
 
 
 def records(opened: prepared.Records, config: Any, images: int) -> tuple[int, float, float]:

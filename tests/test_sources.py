@@ -112,7 +112,6 @@ def test_names_of_folders_and_of_tfds_sets_are_told_apart(tmp_path, monkeypatch)
         ("dataset_info.json", b"{SHARD_X_OF_Y}", b"{SHARD_X_OF_Z}"),
         ("dataset_info.json", b"{SPLIT}", b"{SPLJT}"),
         ("dataset_info.json", b"{SPLIT}", b"|SPLIT}"),
-        ("dataset_info.json", b'"20"', b'"-0"'),
         ("shapes-train.tfrecord-00000-of-00001", b"label", b"lable"),
     ],
 )
