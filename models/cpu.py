@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from models import default, layers, winograd
 from models.layers import sum_dtype
@@ -28,6 +29,8 @@ LEAST_CHANNELS = 8
 
 def _chunk(examples: int, bytes_each: int, limit: int) -> int:
     """The largest divisor of `examples` of which so many stay within `limit` bytes; 1 at least."""
+    if is_symbolic_dim(examples):  # a program that is exported for batches of any size
+        return 1
     return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
 
 
@@ -36,7 +39,7 @@ def _split(x, chunk):
 
 
 def _chunk_of_maps(x):
-    return _chunk(len(x), math.prod(x.shape[1:]) * x.dtype.itemsize, MAPS_BYTES)
+    return _chunk(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, MAPS_BYTES)
 
 
 # Convolution.
@@ -87,7 +90,7 @@ class _Folding:
     def chunk(self, x, output):
         """How many examples' patches make a chunk."""
         patch = self._shape[0] * self.seen * self.block * self._shape[2]
-        return _chunk(len(x), math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
+        return _chunk(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
 
 
 def _in_tiles(x, kernel, output, stride) -> int:
@@ -97,7 +100,7 @@ def _in_tiles(x, kernel, output, stride) -> int:
     if not square or min(channels, features) < LEAST_MAPS or winograd.multiplications(output, side) > 0.6:
         return 0
     each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
-    return _chunk(len(x), each, TILES_BYTES)
+    return _chunk(x.shape[0], each, TILES_BYTES)
 
 
 @default.by_groups
@@ -179,7 +182,7 @@ def _by_chunks(function, *arrays):
     def overwrite(i, parts):
         return lax.dynamic_update_index_in_dim(parts, function(*(v[i] for v in others), parts[i]), i, 0)
 
-    return lax.fori_loop(0, len(overwritten), overwrite, overwritten).reshape(x.shape)
+    return lax.fori_loop(0, overwritten.shape[0], overwrite, overwritten).reshape(x.shape)
 
 
 def _across_maps(function, *arrays, k, n, alpha, beta, groups):

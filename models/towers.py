@@ -64,7 +64,7 @@ class TowerLayer(nn.Module):
 
     def _connect(self, maps, kernel):
         parts = zip(*(jnp.split(array, self.groups, axis=-1) for array in (maps, kernel)), strict=True)
-        outputs = [ops.dense(part.reshape(len(part), -1), weights) for part, weights in parts]
+        outputs = [ops.dense(part.reshape(part.shape[0], -1), weights) for part, weights in parts]
         return jnp.concatenate(outputs, axis=-1)
 
 

@@ -19,11 +19,17 @@ flags.disclaim_key_flags()
 FILES = "FILE|FOLDER|- …"
 
 
-def define_network(views: bool = True) -> None:
-    """Defines the flags with which `network` chooses a trained network; `views` only if it predicts."""
+def define_network(views: bool = True, batches: bool = True) -> None:
+    """Defines the flags with which `network` chooses a trained network.
+
+    Args:
+      views: whether the tool predicts.
+      batches: whether the tool computes.
+    """
     flags.DEFINE_string("workdir", None, "Folder of a run of main.py; required.", required=True)
     flags.DEFINE_string("step", "best", "The checkpoint: best, latest, or the number of its step.")
-    flags.DEFINE_integer("batch_size", 64, "Images that are computed at once.", lower_bound=1)
+    if batches:
+        flags.DEFINE_integer("batch_size", 64, "Images that are computed at once.", lower_bound=1)
     if views:
         flags.DEFINE_enum("views", "ten", ["ten", "centre"], "The paper's ten views of each image, or the centre one.")
 
@@ -31,8 +37,8 @@ def define_network(views: bool = True) -> None:
 def network() -> predictor.Predictor:
     """Loads the network that the flags choose."""
     host.keep_freed_memory()
-    views = {"views": chosen("views")} if "views" in flags.FLAGS else {}
-    return predictor.Predictor(chosen("workdir"), step=chosen("step"), batch_size=chosen("batch_size"), **views)
+    options = {flag: chosen(flag) for flag in ("views", "batch_size") if flag in flags.FLAGS}
+    return predictor.Predictor(chosen("workdir"), step=chosen("step"), **options)
 
 
 def chosen(flag: str) -> str:
