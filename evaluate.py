@@ -23,16 +23,16 @@ def probabilities(network, mean_image: np.ndarray, options: Any, which: str):
     Args:
       network: module that maps (N, crop, crop, 3) images to logits.
       mean_image: (S, S, 3) float32; see `views.to_input`.
-      options: a config's `input` section; its `crop` and `scale` are used.
+      options: a config's `input` section; its `crop`, `scale` and `channel_std` are used.
       which: 'centre', or 'ten' for the mean of the softmax over corners, centre and their reflections.
 
     Returns:
       A function of (parameters, (N, S, S, 3) uint8 images) that gives (N, classes) float32.
     """
-    places = views.offsets(mean_image.shape[0], options.crop, which)
+    places, factor = views.offsets(mean_image.shape[0], options.crop, which), views.factors(options)
 
     def of_place(params, images, place):
-        view = views.to_input(views.cut(images, place, options.crop), mean_image, options.scale)
+        view = views.to_input(views.cut(images, place, options.crop), mean_image, factor)
         sides = (view, view[:, :, ::-1]) if which == "ten" else (view,)
         return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
 

@@ -33,6 +33,9 @@ def validate(options: Any) -> None:
         "threads": (0, 1024),
     }
     check_ranges(options, bounds, "input.")
+    std = options.channel_std
+    fits = len(std) == 3 and all(type(value) in (int, float) and 1e-6 <= value <= 1e6 for value in std)
+    require(fits, f"input.channel_std={shown(std)} must be three numbers between 1e-06 and 1000000.0.")
     if not 1 <= options.crop <= options.resize:
         raise UserError(f"input.crop={shown(options.crop)} must lie between 1 and input.resize={options.resize}.")
     check_name("input.lighting_scale", options.lighting_scale, ("std", "variance"))

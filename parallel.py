@@ -104,6 +104,13 @@ class Towers:
         parts = jax.lax.all_gather(maps, AXIS, axis_index_groups=self.groups)
         return jnp.moveaxis(parts, 0, -2).reshape(*maps.shape[:-1], -1)
 
+    def own(self, maps: jax.Array) -> jax.Array:
+        """From the maps of all towers, as `join` gives them, to those of the towers here."""
+        if not self.split_over_devices:
+            return maps
+        apart = maps.reshape(*maps.shape[:-1], self.total, -1)
+        return jax.lax.dynamic_index_in_dim(apart, self.ids()[0], axis=-2, keepdims=False)
+
 
 class Layout:
     """A grid of networks × towers over the devices of all processes.

@@ -31,7 +31,7 @@ from common.errors import UserError, check_name, require, shown
 from datasets import conversion, folders, images, parts, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable, start_devices
 from run import setup, workdirs
-from views import VIEWS, center, to_input
+from views import VIEWS, center, factors, to_input
 
 
 class Photograph(NamedTuple):
@@ -167,7 +167,7 @@ class Predictor:
         name = sources.prepared_name(dataset.name)
         place = workdirs.expanded(data_dir or dataset.data_dir, "data_dir")
         found = [prepared.directory(place, name, self.size)]
-        found = found if data_dir else [self.records.directory, *found]
+        found = [self.records.directory, *found] if self.records.directory.name and not data_dir else found
         for directory in found:
             if directory.is_dir():
                 records = prepared.Records.open(directory)
@@ -184,8 +184,10 @@ class Predictor:
     def _has_mean_of(self, records: prepared.Records) -> bool:
         """Whether the run's mean image is that of its training split in `records`.
 
-        Runs of earlier versions have the mean of the whole split.
+        Runs of earlier versions have the mean of the whole split. Weights of other programs have a mean of their own.
         """
+        if not self.records.directory.name:
+            return True
         close = functools.partial(workdirs.same_mean, self.records)
         split = self.config.dataset.train_split
         return close(records) or close(parts.of_part(records, split, sources.split_names(split)[0]))
@@ -205,7 +207,7 @@ class Predictor:
         options = self.config.input
 
         def step(params, batch):
-            view = to_input(center(batch, options.crop), self.records.mean_image, options.scale)
+            view = to_input(center(batch, options.crop), self.records.mean_image, factors(options))
             _, found = models.activations(self._network, params, view)
             return {layer: found[layer] for layer in layers}
 

@@ -62,13 +62,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, pro
     return 0
 
 
-def visible(batch: dict[str, np.ndarray], mean_image: np.ndarray, scale: float) -> np.ndarray:
+def visible(batch: dict[str, np.ndarray], mean_image: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """What the network sees of a batch of `input_pipeline.train_batches`, as pixels: (N, crop, crop, 3) uint8.
 
     Without lighting these are the pixels of the views; with it, they are its shift and gain about the mean image.
     """
-    seen = views.to_input(batch["image"], mean_image, scale, batch["shift"], batch["gain"])
-    pixels = np.asarray(seen) / scale + views.center(mean_image, seen.shape[1])
+    seen = views.to_input(batch["image"], mean_image, factor, batch["shift"], batch["gain"])
+    pixels = np.asarray(seen) / factor + views.center(mean_image, seen.shape[1])
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
@@ -214,7 +214,7 @@ class Trainer:
         found = {f"kernels/{first}": grids.stack(grids.kernels(kernel, config.model.towers))[None]}
         if self._batch:
             rows = {name: np.concatenate(parallel.addressable(leaf))[:8] for name, leaf in self._batch.items()}
-            found["inputs"] = visible(rows, self.run.records.mean_image, config.input.scale)
+            found["inputs"] = visible(rows, self.run.records.mean_image, views.factors(config.input))
         return found
 
     def evaluate_and_save(self) -> None:

@@ -56,11 +56,11 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
       can read what was measured on each device: 'gradients', {layer: sum of squares of its part of the gradient of
       kernel and bias}, and 'dead_units', {layer: share of activations that are 0}. The function consumes the state.
     """
-    network, rule = build_network(config, layout), optimizer.build(config)
+    network, rule, factor = build_network(config, layout), optimizer.build(config), views.factors(config.input)
 
     def step(state, batch, rate_factor, measure):
         batch = layout.gather_rows(batch)
-        images = views.to_input(batch["image"], mean_image, config.input.scale, batch["shift"], batch["gain"])
+        images = views.to_input(batch["image"], mean_image, factor, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_of(params):

@@ -33,21 +33,31 @@ def cut(images: jax.Array, place: jax.Array, crop: int) -> jax.Array:
     return jax.lax.dynamic_slice(images, (0, place[0], place[1], 0), (images.shape[0], crop, crop, 3))
 
 
+def factors(options: Any) -> np.ndarray:
+    """What the pixels are multiplied by after the mean is subtracted, of a config's `input` section.
+
+    Returns:
+      float32 of shape (1,), or (3,) if the channels differ.
+    """
+    found = options.scale / np.array(options.channel_std)
+    return (found if np.ptp(found) else found[:1]).astype(np.float32)
+
+
 @jax.named_scope("images")
 def to_input(
     images: jax.Array,
     mean_image: np.ndarray,
-    scale: float,
+    factor: np.ndarray,
     shift: jax.Array | None = None,
     gain: jax.Array | None = None,
 ) -> jax.Array:
-    """What the network sees: gain · scale · (images − mean + shift).
+    """What the network sees: gain · factor · (images − mean + shift).
 
     Args:
       images: (N, crop, crop, 3) uint8, RGB in 0–255.
       mean_image: (S, S, 3) float32, S ≥ crop. Its central crop is subtracted from every view, wherever the view was
         taken, as in the source of 2012.
-      scale: a config's `input.scale`.
+      factor: see `factors`.
       shift: (N, 3) float32, the lighting of each image (section 4.1).
       gain: (N,) float32, a factor for each image.
 
@@ -57,6 +67,5 @@ def to_input(
     pixels = images.astype(jnp.float32) - center(mean_image, images.shape[1])
     if shift is not None:
         pixels = pixels + shift[:, None, None, :]
-    # Both factors are joined first: one pass over the pixels instead of two.
-    factor = scale if gain is None else (gain * scale)[:, None, None, None]
-    return pixels * factor
+    # Gain and factor are joined first: one pass over the pixels instead of two.
+    return pixels * (factor if gain is None else (gain[:, None] * factor)[:, None, None, :])

@@ -29,6 +29,7 @@ from common.exits import fail
 from datasets import prepared
 from predictor import Predictor
 from run import workdirs
+from views import factors
 
 
 def untrained(config, workdir: pathlib.Path) -> pathlib.Path:
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace, views: str, folder: pathlib.Path, files: list[
             files=files,
             params=network.params,
             mean=network.records.mean_image,
-            scale=network.config.input.scale,
+            factors=factors(network.config.input),
             crop=network.config.input.crop,
             views=views,
             batch_size=args.batch_size,

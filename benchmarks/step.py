@@ -49,13 +49,13 @@ class Step:
         self._step = step.lower(self._state, self._batch, np.float32(1), np.bool_(False)).compile()
         self.compile_seconds = time.perf_counter() - begun
         self._memory = self._step.memory_analysis()
-        self._scale = config.input.scale
+        self._factor = views.factors(config.input)
         self._network = update.build_network(config, layout)
         self._forward, self._layout = layout.map(self._logits), layout
 
     def _logits(self, params, batch):
         batch = self._layout.gather_rows(batch)
-        images = views.to_input(batch["image"], self.mean, self._scale, batch["shift"], batch["gain"])
+        images = views.to_input(batch["image"], self.mean, self._factor, batch["shift"], batch["gain"])
         return self._network.apply({"params": params}, images)
 
     def train(self) -> None:

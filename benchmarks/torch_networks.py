@@ -168,7 +168,7 @@ class Prediction:
       files: names of image files.
       params: the merged parameters of the JAX network.
       mean: (S, S, 3) float32; S is the side of the squares.
-      scale: multiplies the pixels after the mean is subtracted.
+      factors: (1,) or (3,), what the pixels are multiplied by after the mean is subtracted.
       crop: side of the views.
       views: 'ten' or 'centre'.
       batch_size: photographs that are computed at once.
@@ -176,10 +176,11 @@ class Prediction:
       compiled: whether to use `torch.compile`.
     """
 
-    def __init__(self, *, files, params, mean, scale, crop, views, batch_size, workers, compiled):
-        self._crop, self._views, self._scale, self._size = crop, views, scale, mean.shape[0]
+    def __init__(self, *, files, params, mean, factors, crop, views, batch_size, workers, compiled):
+        self._crop, self._views, self._size = crop, views, mean.shape[0]
         margin = (self._size - crop) // 2
         self._mean = torch.tensor(mean[margin : margin + crop, margin : margin + crop]).permute(2, 0, 1)
+        self._factors = torch.tensor(factors)[:, None, None]
         self._network = AlexNet(params).eval()
         self._forward = torch.compile(self._network, mode="max-autotune") if compiled else self._network
         self._loader = torch.utils.data.DataLoader(
@@ -198,7 +199,7 @@ class Prediction:
             places += [(0, 0), (0, margin), (margin, 0), (margin, margin)]
         views = 0
         for top, left in places:
-            view = (images[:, :, top : top + crop, left : left + crop].float() - self._mean) * self._scale
+            view = (images[:, :, top : top + crop, left : left + crop].float() - self._mean) * self._factors
             for side in (view, view.flip(-1)) if self._views == "ten" else (view,):
                 total, views = total + torch.softmax(self._forward(side), -1), views + 1
         return total / views

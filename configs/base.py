@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         random_crop=False,
         reflect=False,
         scale=1.0,  # multiplies the pixels after the mean is subtracted; 1 leaves them in 0–255
+        channel_std=(1.0, 1.0, 1.0),  # divides R, G and B after that
         lighting_std=0.0,
         lighting_scale="std",  # the shift follows the 'std' or the 'variance' along each principal component
         lighting_until=0.0,  # epoch at which lighting ends; 0 is never

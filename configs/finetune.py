@@ -75,6 +75,7 @@ def _sections(source: str) -> tuple[dict, dict, dict]:
         stored = json.loads((pathlib.Path(source).expanduser() / "config.json").read_text())
         model = {field: tuple(value) if isinstance(value, list) else value for field, value in stored["model"].items()}
         view = {field: stored["input"][field] for field in ("resize", "crop", "scale")}
+        view["channel_std"] = tuple(stored["input"].get("channel_std", (1.0, 1.0, 1.0)))  # of later runs alone
         return model, view, dict(stored["optimizer"])
     except FileNotFoundError:
         raise UserError(f"{source} is not the workdir of a run: it has no config.json; {command}") from None

@@ -10,7 +10,7 @@ this project has not yet trained on ImageNet.
 What differs from torchvision's recipe:
 - Views are random 224×224 crops of the central 256×256 square. Torchvision cuts windows of random area (8 to 100 %) and
   shape from the whole photograph and resizes them.
-- The mean image is subtracted and one scale follows. Torchvision has a mean and a standard deviation per channel.
+- The mean image of the training set is subtracted. Torchvision subtracts a mean per channel.
 - Only kernels decay. Torchvision decays biases as well.
 - The rate is inside the velocity, see `optimizer`. In PyTorch it is outside: the two differ after the rate changes.
 """
@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
         crop=224,
         random_crop=True,
         reflect=True,
-        scale=1 / 58,  # 255 · 0.226, the mean of torchvision's three standard deviations
+        scale=1 / 255,
+        channel_std=(0.229, 0.224, 0.225),
     )
     config.model = dict(
         name="torchvision",

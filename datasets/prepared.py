@@ -39,7 +39,7 @@ class Records:
     """A prepared set.
 
     Attributes:
-      directory: its folder.
+      directory: its folder; `Path()` for the weights of another program, whose set is not known.
       class_names: by label.
       mean_image: (S, S, 3) float32, RGB in 0–255.
       principal_std: (3,) float32, standard deviations of RGB along the principal components, largest first.

@@ -17,6 +17,12 @@ def words(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 @functools.cache
+def ids() -> tuple[str, ...]:
+    """The ids of ImageNet's 1,000 classes in the order of their labels; () where TFDS is not installed."""
+    return tuple(_synsets())
+
+
+@functools.cache
 def _synsets() -> dict[str, str]:
     """The words of ImageNet's classes by id, from two files of TFDS that list the classes in the same order.
 

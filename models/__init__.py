@@ -126,7 +126,7 @@ def activations(
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One layer: its output for one image, merged kernel, parameters, multiply-adds, and the floats each tower sends
-    to the other before it.
+    to the other for it.
     """
 
     name: str

@@ -28,11 +28,18 @@ GEOMETRY = {"conv1": (11, 4, None), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "con
 FEATURES = {2: (96, 256, 384, 384, 256, 4096, 4096), 1: (48, 128, 192, 192, 256, 4096, 4096)}
 
 # What follows each convolution. The source's first layer normalises and pools before its ReLU, and its second has a
-# second, spatial normalisation.
+# second, spatial normalisation. CaffeNet pools before it normalises.
 ORDERS = {
     "paper": {
         "conv1": ("activate", "normalize", "pool"),
         "conv2": ("activate", "normalize", "pool"),
+        "conv3": ("activate",),
+        "conv4": ("activate",),
+        "conv5": ("activate", "pool"),
+    },
+    "caffenet": {
+        "conv1": ("activate", "pool", "normalize"),
+        "conv2": ("activate", "pool", "normalize"),
         "conv3": ("activate",),
         "conv4": ("activate",),
         "conv5": ("activate", "pool"),
@@ -67,7 +74,7 @@ class AlexNet(nn.Module):
       width: multiplies the maps of every layer but fc8.
       features: maps of conv1 … fc7, all towers together; () takes those of the paper for this number of towers.
       activation: 'relu', 'tanh' or 'sigmoid'.
-      lrn: whether conv1 and conv2 are followed by response normalisation, within each tower.
+      lrn: whether conv1 and conv2 are followed by response normalisation, within each tower (`lrn_across_towers`).
       lrn_k, lrn_n, lrn_alpha, lrn_beta: its constants (section 3.3); alpha multiplies the sum of squares undivided.
       pool_window, pool_stride: side and step of max-pooling; equal for pooling that does not overlap.
       dropout_rate: share of fc6 and fc7 set to 0 in training; in evaluation all outputs are kept and scaled by
@@ -77,11 +84,14 @@ class AlexNet(nn.Module):
       without: layers left out, of conv2 … fc7. A convolution takes its ReLU and normalisation with it; its pooling
         stays, so that the layers above keep their sizes. An exchange goes with its layer: without conv3, the towers
         first meet at fc6, unless `exchange` names conv4.
-      order: 'paper' (ReLU → LRN → pool) or '2012' (the source's order, with its second, spatial normalisation).
+      order: 'paper' (ReLU → LRN → pool), 'caffenet' (ReLU → pool → LRN), or '2012' (the source's order, with its
+        second, spatial normalisation).
       initial_weights: `model.init` in a config; 'paper' (normal, σ 0.01), '2012' (σ 0.03 in conv3 … conv5), or 'he'
         (σ √(2 / fan-in), biases 0), which is made for inputs of unit variance, see `input.scale`.
       dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
       placement: which towers are on this device.
+      lrn_across_towers: whether maps are normalised by those of both towers, as in Caffe, which knows no towers but
+        groups of maps. On two devices this takes two more exchanges.
     """
 
     num_classes: int
@@ -103,6 +113,7 @@ class AlexNet(nn.Module):
     initial_weights: str
     dtype: str
     placement: Towers
+    lrn_across_towers: bool = False
 
     def maps(self) -> dict[str, int]:
         """Output maps of every layer, all towers together: multiples of the number of towers, but for fc8."""
@@ -141,7 +152,10 @@ class AlexNet(nn.Module):
             maps = maps if left_out else self._layer(name, maps)
             for step in ORDERS[self.order][name]:
                 if step == "pool" or not left_out:
+                    across = step == "normalize" and self.lrn and self.lrn_across_towers
+                    maps = self._join(name, maps) if across else maps
                     maps = getattr(self, step)(maps)
+                    maps = self.placement.own(maps) if across else maps
         return maps
 
     def fully_connected(self, maps: jax.Array, train: bool, rows: jax.Array | None) -> jax.Array:
@@ -158,21 +172,24 @@ class AlexNet(nn.Module):
 
     def _layer(self, name, maps):
         """Layer `name` of the maps of the towers here, after the exchange if it has one."""
-        if self._joins(name):
-            maps = self.placement.join(maps)
-            self.sow("intermediates", f"{name}_joined", maps)
-        return getattr(self, name)(maps)
+        return getattr(self, name)(self._join(name, maps) if self._joins(name) else maps)
+
+    def _join(self, name, maps):
+        maps = self.placement.join(maps)
+        self.sow("intermediates", f"{name}_joined", maps)
+        return maps
 
     def activate(self, x: jax.Array) -> jax.Array:
         """ReLU, if `activation` names no other (section 3.1)."""
         return ACTIVATIONS[self.activation](x)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Response normalisation across maps, within each tower (section 3.3)."""
+        """Response normalisation across maps, within each tower (section 3.3), or across the towers."""
         if not self.lrn:
             return x
+        groups = 1 if self.lrn_across_towers else self.placement.here
         return ops.local_response_normalization(
-            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta, groups=self.placement.here
+            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta, groups=groups
         )
 
     def normalize_spatially(self, x: jax.Array) -> jax.Array:

@@ -161,6 +161,11 @@ def check_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
     stored = records
     with contextlib.suppress(UserError):  # it is missing, or damaged and replaced now
         stored = read_dataset(workdir)
+    require(
+        stored.directory.name,
+        f"{workdir} holds the weights of another program; to train on, take a new --workdir with "
+        f"--config.init_from={workdir}.",
+    )
     begun, here = stored.class_names, records.class_names
     if begun != here:
         only_there, only_here = sorted(set(begun) - set(here)), sorted(set(here) - set(begun))
@@ -188,8 +193,8 @@ def write_dataset(records: prepared.Records, workdir: pathlib.Path) -> None:
     """Writes dataset.npz, whole or not at all: what the network needs when the data set is gone."""
     with files.replacing(workdir / "dataset.npz") as partial, partial.open("wb") as file:
         arrays = {name: getattr(records, name) for name in statistics.SHAPES}
-        directory = np.array(str(records.directory.resolve()))
-        np.savez(file, **arrays, class_names=np.array(records.class_names), directory=directory)
+        directory = str(records.directory.resolve()) if records.directory.name else ""
+        np.savez(file, **arrays, class_names=np.array(records.class_names), directory=np.array(directory))
 
 
 def classes_checksum(records: prepared.Records) -> int:

@@ -14,7 +14,7 @@ FLOORS = (
     ("common",),
     ("parallel", "views", "configs", "datasets", "drawing"),
     ("models",),
-    ("optimizer", "input_pipeline"),
+    ("optimizer", "input_pipeline", "weights"),
     ("update", "evaluate", "checkpoint"),
     ("run",),
     ("train", "predictor"),

@@ -126,6 +126,19 @@ def test_layouts_agree(alone, name):
                 np.testing.assert_array_equal(replica, parts[tower], err_msg="replicas drifted apart")
 
 
+def test_towers_normalise_across():
+    """Caffe's networks: the maps of both towers normalise one another, in its order of layers."""
+    config, apart = (
+        recipes.narrow(lrn_across_towers=across, lrn_k=1.0, lrn_alpha=1.0, order="caffenet", init="he")
+        for across in (True, False)
+    )
+    config.input.scale = apart.input.scale = 1 / 64
+    one, two = (run(config, *build(config, name, recipes.mean_image()), 3)[0] for name in ("one device", "towers"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    within = run(apart, *build(apart, "one device", recipes.mean_image()), 3)[0]
+    assert within[-1] != pytest.approx(one[-1], rel=1e-4), "the neighbours across the towers change nothing"
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -1,0 +1,84 @@
+"""Files of tensors by name: PyTorch's, which needs PyTorch, and safetensors."""
+
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from common import files
+from common.errors import UserError, require, shortened
+
+TORCH, SAFE = (".pth", ".pt"), (".safetensors",)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a state_dict as float32 arrays; nothing in the file is executed.
+
+    Raises:
+      UserError: it is missing, damaged, or holds something else.
+    """
+    require(path.is_file(), f"{path} is not there, or is no file.")
+    try:
+        return _read_torch(path) if path.suffix in TORCH else _read_safe(path)
+    except UserError:
+        raise
+    except Exception as error:  # both libraries raise anything on damaged files
+        raise UserError(f"{path} cannot be read, or is damaged: {_reason(error)}.") from None
+
+
+def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state_dict, whole or not at all; the suffix says which kind of file.
+
+    Raises:
+      UserError: it cannot be written, or PyTorch is missing.
+    """
+    torch = _torch() if path.suffix in TORCH else None
+    with files.replacing(path) as partial:
+        if torch:
+            torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, partial)
+        else:
+            safetensors.numpy.save_file(dict(tensors), partial)
+
+
+def _read_torch(path):
+    torch = _torch()
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # what PyTorch goes on to advise would execute the file
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors{f' ({asked[1]})' if asked else ''}. Nothing in it was "
+            f"executed. Store `network.state_dict()` alone."
+        ) from None
+    tensors = found if isinstance(found, dict) else {}
+    fits = tensors and all(isinstance(value, torch.Tensor) for value in tensors.values())
+    require(fits, f"{path} is no state_dict, but {_kind(found)}. Store `network.state_dict()` alone.")
+    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
+
+
+def _read_safe(path):
+    return {name: array.astype(np.float32) for name, array in safetensors.numpy.load_file(path).items()}
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "Files of PyTorch need PyTorch, which this project does without: `pip install torch`, or use .safetensors."
+        ) from None
+    return torch
+
+
+def _kind(found) -> str:
+    if isinstance(found, dict):
+        return f"a dictionary of {shortened(', '.join(map(str, found))) or 'nothing'}"
+    return f"a {type(found).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    return shortened(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
