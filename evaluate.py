@@ -14,6 +14,7 @@ import numpy as np
 
 import views
 from common import exits
+from models import ops
 from parallel import UNDER_WAY, Layout, first
 
 
@@ -34,7 +35,7 @@ def probabilities(network, mean_image: np.ndarray, options: Any, which: str):
     def of_place(params, images, place):
         view = views.to_input(views.cut(images, place, options.crop), mean_image, factor)
         sides = (view, view[:, :, ::-1]) if which == "ten" else (view,)
-        return jnp.stack([jax.nn.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
+        return jnp.stack([ops.softmax(network.apply({"params": params}, side)) for side in sides]).mean(0)
 
     def of_images(params, images):
         # One view after the other: all ten at once would need ten times the memory.

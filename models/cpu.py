@@ -23,6 +23,8 @@ MAPS_BYTES = 8 << 20
 TILES_BYTES = 16 << 20
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
+# With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.
+LEAST_EXAMPLES = {3: 16, 5: 4}
 # With fewer channels XLA's convolution is slow.
 LEAST_CHANNELS = 8
 
@@ -99,8 +101,11 @@ def _in_tiles(x, kernel, output, stride) -> int:
     square = stride == 1 and kernel.shape[1] == side and side in winograd.TILES and x.dtype == sum_dtype(x.dtype)
     if not square or min(channels, features) < LEAST_MAPS or winograd.multiplications(output, side) > 0.6:
         return 0
+    examples = x.shape[0]
+    if not is_symbolic_dim(examples) and examples < LEAST_EXAMPLES[side]:
+        return 0
     each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
-    return _chunk(x.shape[0], each, TILES_BYTES)
+    return _chunk(examples, each, TILES_BYTES)
 
 
 @default.by_groups
@@ -210,6 +215,13 @@ def max_pool_and_places(x, *, window, stride):
     function = functools.partial(default.max_pool_and_places, window=window, stride=stride)
     found = lax.map(function, _split(x, _chunk_of_maps(x)))
     return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
+
+
+def softmax(logits):
+    """Example by example. With sums over the classes behind them, XLA makes one slow function of all fully-connected
+    layers, for a batch of five to eight.
+    """
+    return lax.map(jax.nn.softmax, logits)
 
 
 # The whole network.

@@ -55,6 +55,7 @@ conv_input_gradient = by_groups(functools.partial(input_gradient, layers.conv))
 conv_kernel_gradient = by_groups(functools.partial(kernel_gradient, layers.conv))
 
 dense = layers.dense
+softmax = jax.nn.softmax
 dense_input_gradient = functools.partial(input_gradient, layers.dense)
 dense_kernel_gradient = functools.partial(kernel_gradient, layers.dense)
 

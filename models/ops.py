@@ -74,6 +74,11 @@ def spatial_response_normalization(
     return _layer("spatial_response_normalization", tuple(constants.items()), x)
 
 
+def softmax(logits: jax.Array) -> jax.Array:
+    """The probabilities of (N, classes) logits."""
+    return _form("softmax", logits)
+
+
 # A layer with a kernel.
 
 

@@ -14,7 +14,7 @@ import update
 import views
 
 SIZE, CROP, CLASSES = 12, 9, 7
-INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=0.5))
+INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=1.0, channel_std=(2.0, 2.0, 2.0)))
 
 
 class Pixels(nn.Module):

@@ -247,6 +247,7 @@ def check_conv(x, kernel, stride, padding, groups=1, **options):
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
     monkeypatch.setattr(cpu, "PATCHES_BYTES", chunk_bytes)
     monkeypatch.setattr(cpu, "TILES_BYTES", chunk_bytes)
+    monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
     check_conv(x, kernel, stride, padding)
 
 
@@ -255,6 +256,15 @@ def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
 ])  # fmt: skip
 def test_conv_in_groups(groups, x, kernel, stride):
     check_conv(x, kernel, stride, ((1, 1), (1, 1)), groups)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_softmax(form):
+    logits = np.random.default_rng(0).normal(0, 30, (5, 7))
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    with mock.patch.object(ops, "PLATFORMS", FORMS[form]):
+        found = jax.jit(lambda logits: ops.softmax(logits))(logits.astype(np.float32))
+    np.testing.assert_allclose(found, odds / odds.sum(-1, keepdims=True), rtol=1e-5, atol=1e-12)
 
 
 def test_layers_in_bfloat16():
