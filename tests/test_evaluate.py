@@ -14,7 +14,7 @@ import update
 import views
 
 SIZE, CROP, CLASSES = 12, 9, 7
-INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=1.0, channel_std=(2.0, 2.0, 2.0)))
+INPUT = ml_collections.ConfigDict(dict(crop=CROP, scale=0.25, channel_std=(0.25, 0.5, 1.0)))
 
 
 class Pixels(nn.Module):
@@ -47,7 +47,7 @@ def expected(case, which):
     total = 0
     for top, left in places:
         view = images[:, top : top + CROP, left : left + CROP].astype(np.float64) - mean[1 : 1 + CROP, 1 : 1 + CROP]
-        view = view * INPUT.scale
+        view = view * [1.0, 0.5, 0.25]  # INPUT.scale / INPUT.channel_std
         for side in (view,) if which == "centre" else (view, view[:, :, ::-1]):
             logits = side.reshape(len(side), -1) @ params["fc"]["kernel"].astype(np.float64) + params["fc"]["bias"]
             e = np.exp(logits - logits.max(1, keepdims=True))
