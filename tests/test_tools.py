@@ -36,6 +36,19 @@ def recorded(workdir, group):
     return {name.partition("/")[2]: value for name, value in lines[-1].items() if name.startswith(f"{group}/")}
 
 
+# Describe.
+
+
+def test_describe_prints_the_table_and_draws_the_network(tmp_path):
+    done = runs.run_tool("describe", "--config=configs/alexnet.py", f"--plot={tmp_path / 'network.svg'}", cwd=runs.ROOT)
+    layers, total = done.stdout.splitlines()[2:10], done.stdout.splitlines()[11]
+    assert [line.split()[0] for line in layers] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+    assert total.split() == ["total", "60,965,224", "724,406,816", "30,336"]
+    assert (tmp_path / "network.svg").stat().st_size > 10_000
+    done = runs.run_tool("describe", "--config=configs/alexnet.py", "--plot=network.gif", expect=2, cwd=runs.ROOT)
+    assert "must end in .png, .svg or .pdf" in runs.sentence(done.stderr) and not done.stdout
+
+
 # Evaluate.
 
 

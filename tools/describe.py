@@ -1,12 +1,16 @@
 """Prints a config's network layer by layer: `python -m tools.describe --config=configs/alexnet.py[:VARIANT]`.
 
+    python -m tools.describe --config=configs/alexnet.py --plot=network.svg    draws it as well
+
 All figures are read off the network itself, as JAX traces it for one image; nothing is computed or loaded.
 """
+
+from absl import flags
 
 import models
 from common import cli
 from common.errors import UserError
-from drawing import page
+from drawing import canvas, diagram, page
 
 ALIGN = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.rjust)
 
@@ -24,15 +28,21 @@ def render(rows: list[models.Row], towers: int) -> str:
 
 
 CONFIG = cli.define_config()
+PLOT = flags.DEFINE_string("plot", "", "Draw the network into this .png, .svg or .pdf.")
 
 
 def main(_) -> None:
-    """Prints the table."""
+    """Prints the table and draws the diagram."""
     if CONFIG.value is None:
         raise UserError("Name a recipe: --config=configs/alexnet.py.")
-    config = CONFIG.value
-    print(render(models.layer_table(config.model, config.input.crop), config.model.towers))
+    if PLOT.value:
+        canvas.check(PLOT.value)
+    towers, crop = CONFIG.value.model.towers, CONFIG.value.input.crop
+    rows = models.layer_table(CONFIG.value.model, crop)
+    print(render(rows, towers))
     print("\nPer image. Exchange: floats that each tower sends to the other before the layer.")
+    if PLOT.value:
+        canvas.save(diagram.diagram(rows, towers, crop), PLOT.value)
 
 
 if __name__ == "__main__":
