@@ -1,7 +1,6 @@
-"""The set-up a newcomer meets: requirement lists, `make`, the CI script and the commands in the documents."""
+"""The set-up a newcomer meets: requirement lists, `make` and the CI script."""
 
 import ast
-import itertools
 import json
 import os
 import re
@@ -340,33 +339,3 @@ def test_ci_fails_when_the_demo_misses_its_bound(tmp_path, lines, passes, messag
         f"make {target}" for target in ("setup", "lint", "test", "test-slow", "demo")
     ]
     assert " s  make demo" in done.stdout
-
-
-# ---- the commands in the documents
-
-
-def commands():
-    """Yields (file, line) for each command of the documents, the Makefile and the CI script."""
-    for document in ROOT.glob("*.md"):
-        blocks = re.findall(r"```\w*\n(.*?)```|`((?:make|python)\s[^`]*)`", document.read_text(), re.S)
-        for line in itertools.chain(*(re.split(r"(?<!\\)\n", a or b) for a, b in blocks)):
-            yield document.name, line
-    for name in ["Makefile", ".ci/run"]:
-        for line in (ROOT / name).read_text().splitlines():
-            yield name, line
-
-
-def test_commands_name_files_and_targets_that_exist():
-    targets = set(re.findall(r"^\.PHONY: ([\w-]+)$", (ROOT / "Makefile").read_text(), re.M))
-    seen = 0
-    for name, line in commands():
-        wanted = re.findall(r"(?:python|\$\(python\)) ([\w./]+\.py)\b", line)
-        wanted += re.findall(r"--(?:config|sweep)=([\w./]+\.py)\b", line)
-        modules = re.findall(r"(?:python|\$\(python\)) -m ((?:tools|benchmarks)\.\w+)", line)
-        wanted += [module.replace(".", "/") + ".py" for module in modules]
-        for path in wanted:
-            assert (ROOT / path).exists(), f"{name} names {path}: {line}"
-        made = re.findall(r"^\s*(?:part )?make ([a-z-]+)", line)
-        assert set(made) <= targets, f"{name}: {line}"
-        seen += len(wanted) + len(made)
-    assert seen >= 6
