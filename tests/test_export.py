@@ -58,6 +58,15 @@ def test_a_process_without_this_code_finds_what_the_predictor_finds(workdir, tmp
     assert names == {"step": 10, "classes": list(runs.CLASSES), "labels": list(network.labels)}
 
 
+def test_on_a_full_disk_neither_file_is_left(workdir, tmp_path):
+    """So that the same command works again."""
+    limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"]
+    command = [*limited, sys.executable, "-m", "tools.export", f"--workdir={workdir}", f"--out={tmp_path}/x.stablehlo"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
+    assert "x.stablehlo cannot be written: File too large" in runs.sentence(done.stderr)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("recipe", [alexnet_2012, cifar10, torchvision])
 def test_every_network_takes_a_batch_of_any_size(recipe):
     config = recipe.get_config()

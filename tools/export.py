@@ -21,7 +21,6 @@ guarantees" of `jax.export`.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -51,8 +50,10 @@ def main(_) -> None:
         require(not files.check(path).exists(), f"{path} is there already; remove it, or take another --out.")
     network = shared.network()
     classes = {"step": network.step, "classes": network.records.class_names, "labels": network.labels}
-    _write(names, json.dumps(classes, ensure_ascii=False, indent=1).encode())
-    _write(program, exported(network, shared.chosen("views")).serialize())
+    content = exported(network, shared.chosen("views")).serialize()
+    with files.replacing(names) as beside, files.replacing(program) as partial:  # both or none
+        beside.write_text(json.dumps(classes, ensure_ascii=False, indent=1), "utf-8")
+        partial.write_bytes(content)
     print(program, names, sep="\n")
 
 
@@ -65,11 +66,6 @@ def exported(network: Predictor, views: str) -> export.Exported:
     batch = export.symbolic_shape(f"b, {network.size}, {network.size}, 3")
     function = jax.jit(lambda images: probabilities(network.params, images))
     return export.export(function, platforms=PLATFORMS)(jax.ShapeDtypeStruct(batch, np.uint8))
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    with files.replacing(path) as partial:
-        partial.write_bytes(content)
 
 
 if __name__ == "__main__":
