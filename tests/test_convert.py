@@ -3,6 +3,7 @@
 import pathlib
 import pickle
 import re
+import resource
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import safetensors.numpy
 
 import reference
 import runs
+from common.errors import UserError
 from predictor import Predictor
 from weights import tensors
 
@@ -281,10 +283,16 @@ def with_change(name, array):
         (["--weights=other.safetensors"], "features.3.weight is 12×5×5×5, and must be 12×4×5×5"),
         (["--weights=more.safetensors"], "it has a tensor features.1.weight as well, 4"),
         (["--weights=nan.safetensors"], "features.0.bias holds numbers that are not finite"),
+        (["--weights=scalar.safetensors"], "features.0.weight is 4×3×11×11, and must be 1×3×11×11"),
+        (["--weights=bytes.caffemodel"], "it has no layers pool1 and norm1, but b'.xff'"),
+        (["--weights=v0.caffemodel"], "it has no layers pool1 and norm1, but layers without names"),
+        (["--weights=twice.caffemodel"], "twice.caffemodel is damaged: it has conv1.weight twice"),
         (["--weights=half.caffemodel"], "is damaged, or is no file of Caffe|has no layers"),
         (["--weights=wrong.caffemodel"], "conv2.weight is 16×6×5×5, and must be 16×3×5×5"),
         (["--weights=text.caffemodel"], "is damaged, or is no file of Caffe|has no layers"),
         (["--weights=whole.caffemodel", "--mean=text.caffemodel"], "damaged|no mean image"),
+        (["--weights=whole.caffemodel", "--mean=pair.binaryproto"], "a square: it is 2×3×256×256"),
+        (["--weights=whole.caffemodel", "--mean=nan.binaryproto"], "nan.binaryproto holds numbers that are not finite"),
         (["--weights=whole.caffemodel", "--classes=two.txt"], "two.txt has 2 names, and the network 7 classes"),
         (["--weights=whole.safetensors", "--mean=two.txt"], "--mean belongs to a .caffemodel"),
         (["--weights=whole.h5"], "must end in .pth, .pt, .safetensors or .caffemodel"),
@@ -306,11 +314,18 @@ def test_mistakes_end_in_a_sentence_and_nothing_is_written(tmp_path, flags, sent
     truncated(tmp_path / "half.caffemodel", (tmp_path / "whole.caffemodel").read_bytes())
     ungrouped = CAFFE | {"conv2.weight": np.zeros((16, 6, 5, 5), np.float32)}
     caffemodel(tmp_path / "wrong.caffemodel", ("norm1", "pool1"), blobs=ungrouped)
+    first = field(100, field(1, b"conv1") + field(7, blob(CAFFE["conv1.weight"], False)))
+    (tmp_path / "twice.caffemodel").write_bytes((tmp_path / "whole.caffemodel").read_bytes() + first)
+    (tmp_path / "bytes.caffemodel").write_bytes(field(100, field(1, b"\xff")))
+    (tmp_path / "v0.caffemodel").write_bytes(field(2, field(1, field(1, b"conv1"))))
+    (tmp_path / "pair.binaryproto").write_bytes(blob(np.zeros((2, 3, 256, 256), np.float32), True))
+    (tmp_path / "nan.binaryproto").write_bytes(blob(np.full((3, 256, 256), np.nan, np.float32), True))
     for name, changed in {
         "lacks": with_change("classifier.4.bias", None),
         "other": with_change("features.3.weight", np.zeros((12, 5, 5, 5), np.float32)),
         "more": with_change("features.1.weight", np.zeros(4, np.float32)),
         "nan": with_change("features.0.bias", np.full(4, np.nan, np.float32)),
+        "scalar": with_change("features.0.bias", np.array(1, np.float32)),
     }.items():
         safetensors.numpy.save_file(changed, tmp_path / f"{name}.safetensors")
     (tmp_path / "taken").mkdir()
@@ -321,6 +336,24 @@ def test_mistakes_end_in_a_sentence_and_nothing_is_written(tmp_path, flags, sent
     assert re.search(sentence, runs.sentence(done.stderr)), runs.sentence(done.stderr)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path not in before}
     assert not left - {"taken/.lock"}
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process grows beyond 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_full_disk_ends_in_a_sentence_and_nothing_is_left(tmp_path, full_disk, suffix):
+    if suffix == "pth":
+        pytest.importorskip("torch", reason="PyTorch is no dependency of this project")
+    with pytest.raises(UserError, match="cannot be written: File too large"):
+        tensors.write(tmp_path / f"x.{suffix}", TORCHVISION)
+    assert not list(tmp_path.iterdir())
 
 
 # With PyTorch: `pip install torch torchvision` beside this project.

@@ -55,10 +55,12 @@ def read(path: pathlib.Path, mean: pathlib.Path | None = None) -> naming.Weights
     tensors = {}
     for layer in layers:
         for kind, blob in zip(("weight", "bias"), layer.blobs, strict=False):
-            tensors[f"{layer.name}.{kind}"] = _array(path, f"{layer.name}.{kind}", blob)
+            name = f"{layer.name}.{kind}"
+            require(name not in tensors, f"{path} is damaged: it has {name} twice.")
+            tensors[name] = _array(path, name, blob)
     first, last = (tensors.get(f"{layer}.bias", np.zeros(0)) for layer in ("conv1", "fc8"))
-    config.model.width = len(first) / FEATURES[2][0] or 1.0
-    config.model.num_classes = len(last) or 1000
+    config.model.width = first.size / FEATURES[2][0] or 1.0
+    config.model.num_classes = last.size or 1000
     naming.check(str(path), tensors, _shapes(config.model), "Caffe's AlexNet or CaffeNet")
     params = {}
     for layer in LAYERS:
@@ -76,10 +78,10 @@ def read(path: pathlib.Path, mean: pathlib.Path | None = None) -> naming.Weights
 def _variant(path, names):
     """'caffenet' if pooling comes before normalisation."""
     known = "pool1" in names and "norm1" in names
+    there = shortened(", ".join(f"{name}" for name in names if name)) or "layers without names"
     require(
         known,
-        f"{path} is not Caffe's AlexNet or CaffeNet: it has no layers pool1 and norm1, but "
-        f"{shortened(', '.join(names))}.",
+        f"{path} is not Caffe's AlexNet or CaffeNet: it has no layers pool1 and norm1, but {there}.",
     )
     return "caffenet" if names.index("pool1") < names.index("norm1") else ""
 
@@ -87,9 +89,10 @@ def _variant(path, names):
 def _mean(path):
     blob = _parse(path, "BlobProto")
     mean = _array(path, "the mean image", blob)
-    mean = mean.reshape(mean.shape[-3:]) if mean.ndim >= 3 else mean
+    mean = mean[0] if mean.ndim == 4 and len(mean) == 1 else mean
     square = mean.ndim == 3 and mean.shape[0] == 3 and mean.shape[1] == mean.shape[2]
     require(square, f"{path} is no mean image of 3 channels and a square: it is {'×'.join(map(str, mean.shape))}.")
+    require(np.isfinite(mean).all(), f"{path} holds numbers that are not finite.")
     return np.ascontiguousarray(mean[::-1].transpose(1, 2, 0))
 
 

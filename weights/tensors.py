@@ -1,5 +1,6 @@
 """Files of tensors by name: PyTorch's, which needs PyTorch, and safetensors."""
 
+import io
 import pathlib
 import pickle
 import re
@@ -36,12 +37,14 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       UserError: it cannot be written, or PyTorch is missing.
     """
-    torch = _torch() if path.suffix in TORCH else None
-    with files.replacing(path) as partial:
-        if torch:
-            torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, partial)
-        else:
-            safetensors.numpy.save_file(dict(tensors), partial)
+    if path.suffix in TORCH:
+        torch, content = _torch(), io.BytesIO()
+        torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, content)
+        content = content.getbuffer()
+    else:
+        content = safetensors.numpy.save(dict(tensors))
+    with files.replacing(path) as partial:  # both libraries have errors of their own for a full disk
+        partial.write_bytes(content)
 
 
 def _read_torch(path):
@@ -81,4 +84,5 @@ def _kind(found) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return shortened(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
+    first, *_ = " ".join(str(error).split()).split(". ")  # PyTorch's next ones advise to execute the file
+    return shortened(first).rstrip(".") or type(error).__name__

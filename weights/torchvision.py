@@ -31,8 +31,8 @@ def read(file: str, tensors: Mapping[str, np.ndarray]) -> naming.Weights:
     """
     config = recipe.get_config()
     first, last = (tensors.get(f"{NAMES[layer]}.bias", np.zeros(0)) for layer in ("conv1", "fc8"))
-    config.model.width = len(first) / LAYERS["conv1"][0] or 1.0
-    config.model.num_classes = len(last) or 1000
+    config.model.width = first.size / LAYERS["conv1"][0] or 1.0
+    config.model.num_classes = last.size or 1000
     naming.check(file, tensors, _shapes(config.model), "torchvision's AlexNet")
     params = {}
     for layer, name in NAMES.items():
