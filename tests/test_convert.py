@@ -1,5 +1,6 @@
 """Weights of torchvision and Caffe become workdirs that compute what those programs compute, and go back unchanged."""
 
+import os
 import pathlib
 import pickle
 import re
@@ -222,7 +223,7 @@ def test_caffes_networks_compute_what_they_did(folder, legacy, order):
     path = caffemodel(folder / "net.caffemodel", order, legacy)
     mean = RNG.uniform(80, 140, (3, 256, 256)).astype(np.float32)
     (folder / "mean.binaryproto").write_bytes(blob(mean, legacy=True))
-    (folder / "names.txt").write_text("\n".join("abcdefg"))
+    (folder / "names.txt").write_text("\n".join("abcdefg"), "utf-8-sig")
     workdir = folder / f"caffe{legacy}{order[0]}"
     convert(
         f"--weights={path}",
@@ -293,6 +294,10 @@ def with_change(name, array):
         (["--weights=whole.caffemodel", "--mean=text.caffemodel"], "damaged|no mean image"),
         (["--weights=whole.caffemodel", "--mean=pair.binaryproto"], "a square: it is 2×3×256×256"),
         (["--weights=whole.caffemodel", "--mean=nan.binaryproto"], "nan.binaryproto holds numbers that are not finite"),
+        (["--weights=whole.caffemodel", "--classes=blank.txt"], "must name every class; line 3 is ''"),
+        (["--weights=whole.caffemodel", "--classes=zero.txt"], r"must name every class; line 7 is 'g.x00'"),
+        (["--weights=whole.caffemodel", "--classes=same.txt"], "must name no class twice: .'a'."),
+        (["--weights=whole.caffemodel", "--classes=pipe"], "--classes=pipe is not there, or is no file"),
         (["--weights=whole.caffemodel", "--classes=two.txt"], "two.txt has 2 names, and the network 7 classes"),
         (["--weights=whole.safetensors", "--mean=two.txt"], "--mean belongs to a .caffemodel"),
         (["--weights=whole.h5"], "must end in .pth, .pt, .safetensors or .caffemodel"),
@@ -309,6 +314,10 @@ def test_mistakes_end_in_a_sentence_and_nothing_is_written(tmp_path, flags, sent
     (tmp_path / "text.safetensors").write_text("weights")
     (tmp_path / "text.caffemodel").write_text("weights")
     (tmp_path / "two.txt").write_text("a\nb")
+    (tmp_path / "blank.txt").write_text("a\nb\n\nd\ne\nf\ng\n")
+    (tmp_path / "zero.txt").write_text("a\nb\nc\nd\ne\nf\ng\0\n")
+    (tmp_path / "same.txt").write_text("a\nb\na\nd\ne\nf\ng\n")
+    os.mkfifo(tmp_path / "pipe")
     truncated(tmp_path / "half.safetensors", whole)
     caffemodel(tmp_path / "whole.caffemodel", ("norm1", "pool1"))
     truncated(tmp_path / "half.caffemodel", (tmp_path / "whole.caffemodel").read_bytes())

@@ -9,6 +9,7 @@ torchvision's network or for the grouped module in docs/weights.md; --to=safeten
 """
 
 import pathlib
+import shlex
 
 import jax
 import numpy as np
@@ -74,7 +75,7 @@ def _write_workdir(found: naming.Weights) -> None:
         workdirs.write_config(config, workdir)
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     print(f"{workdir}: {config.model.name}, {count:,} parameters, {records.num_classes} classes. What to do with it:")
-    print(f"  python -m tools.predict --workdir={workdir} photo.jpg")
+    print(f"  {shlex.join(['python', '-m', 'tools.predict', f'--workdir={workdir}', 'photo.jpg'])}")
 
 
 def _records(found: naming.Weights) -> prepared.Records:
@@ -95,15 +96,18 @@ def _class_names(count: int) -> tuple[str, ...]:
         known = wordnet.ids()
         return known if len(known) == count else tuple(f"class {number}" for number in range(count))
     path = workdirs.expanded(CLASSES.value, "--classes")
+    require(path.is_file(), f"--classes={path} is not there, or is no file.")
     try:
-        names = tuple(path.read_text("utf-8").splitlines())
+        names = tuple(path.read_text("utf-8-sig").splitlines())  # Windows begins a text with a mark
     except OSError as error:
         raise UserError(f"--classes={path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UserError(f"--classes={path} is no text in UTF-8.") from None
     require(len(names) == count, f"--classes={path} has {len(names)} names, and the network {count} classes.")
+    for number, name in enumerate(names, 1):  # NumPy stores no text that ends in a zero byte
+        require(name and "\0" not in name, f"--classes={path} must name every class; line {number} is {shown(name)}.")
     twice = sorted({name for name in names if names.count(name) > 1})
-    require(all(names) and not twice, f"--classes={path} must name every class, and none twice: {shown(twice)}.")
+    require(not twice, f"--classes={path} must name no class twice: {shown(twice)}.")
     return names
 
 

@@ -40,7 +40,7 @@ def main(_) -> None:
     towers, crop = CONFIG.value.model.towers, CONFIG.value.input.crop
     rows = models.layer_table(CONFIG.value.model, crop)
     print(render(rows, towers))
-    print("\nPer image. Exchange: floats that each tower sends to the other before the layer.")
+    print("\nPer image. Exchange: floats that each tower sends to the other for the layer.")
     if PLOT.value:
         canvas.save(diagram.diagram(rows, towers, crop), PLOT.value)
 
