@@ -304,6 +304,7 @@ def with_change(name, array):
         (["--weights=whole.safetensors", "--workdir=taken"], "taken is the workdir of a run"),
         ([], "Give either --weights=FILE to take over, or --to"),
         (["--weights=whole.safetensors", "--out=x.pth"], "--out belongs to --to"),
+        (["--weights=whole.safetensors", "--step=3"], "--step belongs to --to"),
         (["--to=torch", "--workdir=taken", "--out=x.safetensors"], "must end in .pth or .pt with --to=torch"),
         (["--to=safetensors", "--workdir=none"], "none is not the workdir of a run"),
     ],

@@ -44,6 +44,7 @@ def main(_) -> None:
         _write_file(TO.value)
     else:
         require(not OUT.value, "--out belongs to --to; the weights are written to --workdir.")
+        require(shared.chosen("step") == "best", "--step belongs to --to; a file of weights has no steps.")
         _write_workdir(_read(workdirs.expanded(WEIGHTS.value, "--weights")))
 
 
