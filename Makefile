@@ -130,7 +130,7 @@ endef
 ifneq ($(shell [ -x $(python) ] && echo whole),whole)
 .PHONY: $(ready)
 endif
-$(ready): $(requirements) requirements-core.txt requirements-cpu.txt requirements-dev.txt constraints.txt
+$(ready): $(requirements) requirements-core.txt requirements-common.txt requirements-cpu.txt requirements-dev.txt constraints.txt
 	$(call set_up,.venv,the $(DEVICES),$(size_$(DEVICES)),-r $(requirements) -r requirements-dev.txt)
 
 ifneq ($(shell [ -x $(compiled)/bin/python ] && echo whole),whole)

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"cpu": "requirements-cpu.txt", "gpu": "requirements.txt", "tpu": "requirements-tpu.txt"}
+COLAB = "requirements-colab.txt"
 COMPILERS = {kind: f"requirements-compiled-{kind}.txt" for kind in ("tpu", "gpu")}
 # What markers look at on the machines this project names.
 MACHINES = {
@@ -70,9 +71,9 @@ def test_each_requirement_has_one_tested_version_within_its_bounds(listed, machi
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("devices", SETS)
-def test_no_requirement_can_fall_back_to_an_old_release(devices, machine):
-    requirements = applying(read_requirements(SETS[devices]), "3.12", MACHINES[machine])
+@pytest.mark.parametrize("listed", [*SETS.values(), COLAB])
+def test_no_requirement_can_fall_back_to_an_old_release(listed, machine):
+    requirements = applying(read_requirements(listed), "3.12", MACHINES[machine])
     for name in {normal(r.name) for r in requirements}:
         bounds = SpecifierSet(",".join(str(r.specifier) for r in requirements if normal(r.name) == name))
         assert any(b.operator == ">=" for b in bounds), f"{name} has no lower bound"
@@ -90,6 +91,17 @@ def test_each_machine_gets_the_jax_and_the_tensorflow_made_for_it():
     assert got("gpu", "arm") == ({"cuda12"}, {"tensorflow"})
     assert got("tpu", "linux") == ({"tpu"}, {"tensorflow-cpu"})
     assert got("gpu", "mac") == (set(), {"tensorflow"})
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_list_for_colab_has_what_a_cpu_needs_and_keeps_the_tensorflow_that_is_there(machine):
+    def names(listed):
+        return {normal(r.name) for r in applying(read_requirements(listed), "3.12", MACHINES[machine])}
+
+    assert names(SETS["cpu"]) - {"tensorflow-cpu"} | {"tensorflow"} <= names(COLAB)
+    assert "tensorflow-cpu" not in names(COLAB)
+    (bounds,) = (r.specifier for r in read_requirements(COLAB) if r.name == "tensorflow")
+    assert bounds.contains("2.19.0"), "what Colab has had"
 
 
 def imports(tree):
@@ -134,7 +146,8 @@ def test_every_import_is_in_the_requirements():
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a stand-in for Python, which notes its calls in calls.txt, as the only one on PATH."""
-    lists = ["requirements-core.txt", "requirements-dev.txt", *SETS.values(), *COMPILERS.values()]
+    shared = ["requirements-core.txt", "requirements-common.txt", "requirements-dev.txt"]
+    lists = [*shared, *SETS.values(), *COMPILERS.values()]
     for name in ["Makefile", "constraints.txt", *lists]:
         shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()
