@@ -17,18 +17,15 @@ import tempfile
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
-import checkpoint
-import update
 from benchmarks import measure, photographs
 from common import host
 from common.errors import UserError, check_ranges
 from common.exits import fail
 from datasets import prepared
 from predictor import Predictor
-from run import workdirs
+from run import setup
 from views import factors
 
 
@@ -38,11 +35,7 @@ def untrained(config, workdir: pathlib.Path) -> pathlib.Path:
     names = tuple(f"class {i}" for i in range(config.model.num_classes))
     grey, components = np.full((size, size, 3), 118.0, np.float32), np.eye(3, dtype=np.float32)
     records = prepared.Records(workdir, names, grey, np.ones(3, np.float32), components)
-    workdir.mkdir()
-    workdirs.write_config(config, workdir)
-    workdirs.write_dataset(records, workdir)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(0, jax.device_get(update.init_state(config)), {"config": workdirs.to_json(config)}, 1.0)
+    setup.write_new(config, records, workdir)
     return workdir
 
 

@@ -17,7 +17,7 @@ INPUT = "#999999"
 
 @styled
 def diagram(rows: Sequence[Any], towers: int, image_size: int) -> Figure:
-    """The layers from top to bottom, the towers side by side; lines that cross are exchanges between towers.
+    """The layers from top to bottom, the towers side by side; lines that cross are maps of both towers.
 
     A block's face is the map, its depth the number of maps, and a bar is a fully-connected layer, all by square roots.
 
@@ -41,7 +41,7 @@ def diagram(rows: Sequence[Any], towers: int, image_size: int) -> Figure:
             # The first tower has the odd one of a number of classes that does not divide.
             share = (row.output[-1] + towers - 1 - tower) // towers
             shape = (*row.output[:-1], share)
-            above = [middle] if number == 1 else centres if row.exchange else [x]
+            above = [middle] if number == 1 else centres if row.joined else [x]
             for start in above:
                 crossing = towers > 1 and number > 1 and start != x
                 line = TOWERS[centres.index(start)] if number > 1 else INPUT

@@ -19,7 +19,8 @@ its last axis: with the towers on two devices, tower 0 holds the first half of t
 The last layer gives the logits.
 
 **Towers.** Before a layer whose input is the maps of all towers, the network calls `placement.join` and records the
-result with `sow('intermediates', f'{layer}_joined', …)`.
+result with `sow('intermediates', f'{layer}_joined', …)`; as `f'{layer}_across'`, if all towers' maps are for its
+normalisation alone.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
 and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last.
@@ -125,8 +126,8 @@ def activations(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: its output for one image, merged kernel, parameters, multiply-adds, and the floats each tower sends
-    to the other for it.
+    """One layer: its output for one image, merged kernel, parameters, multiply-adds, the floats each tower sends to the
+    other for it, and whether its input is the maps of both.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Row:
     parameters: int
     multiply_adds: int
     exchange: int
+    joined: bool
 
 
 def layer_table(model, image_size: int) -> list[Row]:
@@ -153,7 +155,9 @@ def layer_table(model, image_size: int) -> list[Row]:
     rows = []
     for name in names:
         output, kernel = seen[name]["__call__"][0].shape[1:], params[name]["kernel"].shape
-        joined = seen.get(f"{name}_joined", ())
+        joined, across = (
+            seen.get(f"{name}_{record}", ()) if network.towers > 1 else () for record in ("joined", "across")
+        )
         rows.append(
             Row(
                 name=name,
@@ -161,7 +165,8 @@ def layer_table(model, image_size: int) -> list[Row]:
                 kernel=kernel,
                 parameters=sum(math.prod(leaf.shape) for leaf in params[name].values()),
                 multiply_adds=math.prod(output[:-1]) * math.prod(kernel),
-                exchange=sum(math.prod(x.shape[1:]) // network.towers for x in joined) if network.towers > 1 else 0,
+                exchange=sum(math.prod(x.shape[1:]) // network.towers for x in (*joined, *across)),
+                joined=bool(joined),
             )
         )
     return rows

@@ -153,7 +153,7 @@ class AlexNet(nn.Module):
             for step in ORDERS[self.order][name]:
                 if step == "pool" or not left_out:
                     across = step == "normalize" and self.lrn and self.lrn_across_towers
-                    maps = self._join(name, maps) if across else maps
+                    maps = self._join(f"{name}_across", maps) if across else maps
                     maps = getattr(self, step)(maps)
                     maps = self.placement.own(maps) if across else maps
         return maps
@@ -172,11 +172,11 @@ class AlexNet(nn.Module):
 
     def _layer(self, name, maps):
         """Layer `name` of the maps of the towers here, after the exchange if it has one."""
-        return getattr(self, name)(self._join(name, maps) if self._joins(name) else maps)
+        return getattr(self, name)(self._join(f"{name}_joined", maps) if self._joins(name) else maps)
 
-    def _join(self, name, maps):
+    def _join(self, record, maps):
         maps = self.placement.join(maps)
-        self.sow("intermediates", f"{name}_joined", maps)
+        self.sow("intermediates", record, maps)
         return maps
 
     def activate(self, x: jax.Array) -> jax.Array:

@@ -190,6 +190,24 @@ def pretrained(config, shapes: update.State, class_names: tuple[str, ...]) -> di
     return fitting
 
 
+def write_new(config, records: prepared.Records, workdir: pathlib.Path, params: Any = None) -> None:
+    """Writes the workdir of a run before its first step; config.json comes last, so that an unfinished one is none.
+
+    Args:
+      params: the merged parameters; the initial ones by default.
+
+    Raises:
+      UserError: the config cannot work, or the folder cannot be written.
+    """
+    schema.validate(config)
+    state = jax.device_get(update.init_state(config))
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        meta = {"config": workdirs.to_json(config), "classes": workdirs.classes_checksum(records)}
+        checkpoints.save(0, state.replace(params=params) if params else state, meta)
+    workdirs.write_dataset(records, workdir)
+    workdirs.write_config(config, workdir)
+
+
 def check_memory(config, shapes: update.State, process_count: int = 1) -> None:
     """Refuses a run that this machine's memory cannot hold, before anything of it is allocated; raises `UserError`.
 

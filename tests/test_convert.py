@@ -177,7 +177,7 @@ def caffemodel(path, order, legacy=False, blobs=CAFFE):
     content = field(1, b"AlexNet")
     for name in ("data", "conv1", "relu1", *order, "conv2", "conv3", "conv4", "conv5", "fc6", "drop6", "fc7", "fc8"):
         inside = field(name_number, name.encode())
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias", "more"):
             if f"{name}.{kind}" in blobs:
                 inside += field(blobs_number, blob(blobs[f"{name}.{kind}"], legacy))
         content += field(layer, inside)
@@ -284,6 +284,8 @@ def with_change(name, array):
         (["--weights=other.safetensors"], "features.3.weight is 12×5×5×5, and must be 12×4×5×5"),
         (["--weights=more.safetensors"], "it has a tensor features.1.weight as well, 4"),
         (["--weights=nan.safetensors"], "features.0.bias holds numbers that are not finite"),
+        (["--weights=whole-numbers.safetensors"], "features.0.bias holds int8, and must hold floating-point numbers"),
+        (["--weights=third.caffemodel"], "it has a tensor conv3.blob 3 as well, 7"),
         (["--weights=scalar.safetensors"], "features.0.weight is 4×3×11×11, and must be 1×3×11×11"),
         (["--weights=bytes.caffemodel"], "it has no layers pool1 and norm1, but b'.xff'"),
         (["--weights=v0.caffemodel"], "it has no layers pool1 and norm1, but layers without names"),
@@ -324,6 +326,8 @@ def test_mistakes_end_in_a_sentence_and_nothing_is_written(tmp_path, flags, sent
     truncated(tmp_path / "half.caffemodel", (tmp_path / "whole.caffemodel").read_bytes())
     ungrouped = CAFFE | {"conv2.weight": np.zeros((16, 6, 5, 5), np.float32)}
     caffemodel(tmp_path / "wrong.caffemodel", ("norm1", "pool1"), blobs=ungrouped)
+    third = CAFFE | {"conv3.more": np.zeros(7, np.float32)}
+    caffemodel(tmp_path / "third.caffemodel", ("norm1", "pool1"), blobs=third)
     first = field(100, field(1, b"conv1") + field(7, blob(CAFFE["conv1.weight"], False)))
     (tmp_path / "twice.caffemodel").write_bytes((tmp_path / "whole.caffemodel").read_bytes() + first)
     (tmp_path / "bytes.caffemodel").write_bytes(field(100, field(1, b"\xff")))
@@ -336,6 +340,7 @@ def test_mistakes_end_in_a_sentence_and_nothing_is_written(tmp_path, flags, sent
         "more": with_change("features.1.weight", np.zeros(4, np.float32)),
         "nan": with_change("features.0.bias", np.full(4, np.nan, np.float32)),
         "scalar": with_change("features.0.bias", np.array(1, np.float32)),
+        "whole-numbers": with_change("features.0.bias", np.zeros(4, np.int8)),
     }.items():
         safetensors.numpy.save_file(changed, tmp_path / f"{name}.safetensors")
     (tmp_path / "taken").mkdir()
@@ -466,8 +471,21 @@ def test_a_pickle_with_code_in_it_is_not_executed(torch, tmp_path):
         assert not (tmp_path / "executed").exists() and not (tmp_path / "new").exists()
 
 
-def test_half_of_a_file_of_pytorch_is_refused(torch, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # of TorchScript
+def test_other_files_of_pytorch_are_refused(torch, tmp_path):
     tensors.write(tmp_path / "whole.pth", TORCHVISION)
-    truncated(tmp_path / "half.pth", (tmp_path / "whole.pth").read_bytes())
-    done = convert(f"--weights={tmp_path / 'half.pth'}", f"--workdir={tmp_path / 'w'}", expect=2)
-    assert "half.pth cannot be read, or is damaged" in runs.sentence(done.stderr)
+    data = (tmp_path / "whole.pth").read_bytes()
+    truncated(tmp_path / "half.pth", data)
+    middle = len(data) // 2
+    (tmp_path / "flipped.pth").write_bytes(data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :])
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pth")
+    torch.save({"features.0.bias": torch.zeros(4, dtype=torch.int8)}, tmp_path / "whole-numbers.pth")
+    for name, says in {
+        "half": "half.pth cannot be read, or is damaged",
+        "flipped": "flipped.pth is damaged: a checksum in it is wrong",
+        "script": "script.pth cannot be read, or is damaged|more than tensors",
+        "whole-numbers": "features.0.bias holds torch.int8, and must hold floating-point numbers",
+    }.items():
+        done = convert(f"--weights={tmp_path / name}.pth", f"--workdir={tmp_path / 'w'}", expect=2)
+        assert re.search(says, runs.sentence(done.stderr)) and "weights_only" not in done.stderr
+        assert done.stderr.count("\n") == 1, "a warning of a library as well"

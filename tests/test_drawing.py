@@ -9,7 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import models
 from common.errors import UserError
+from configs import caffe
 from drawing import canvas, diagram, grids, page, plots
 
 RNG = np.random.default_rng(0)
@@ -194,7 +196,7 @@ def test_neighbours_of_another_class_are_grey():
 
 def row(name, output, kernel, exchange=0):
     return types.SimpleNamespace(
-        name=name, output=output, kernel=kernel, exchange=exchange, parameters=7, multiply_adds=9
+        name=name, output=output, kernel=kernel, exchange=exchange, joined=exchange > 0, parameters=7, multiply_adds=9
     )
 
 
@@ -210,6 +212,15 @@ def test_a_diagram_has_each_layer_and_crosses_at_exchanges():
     assert {"55×55×96", "101"} <= set(texts(alone)) and "tower 0" not in texts(alone)
     assert all(line.get_linestyle() == "-" for line in alone.axes[0].lines)
     assert inside(figure) and inside(alone)
+
+
+def test_only_maps_of_both_towers_cross():
+    """Not those that Caffe's normalisation exchanges: conv2 sees the maps of its own tower."""
+    config = caffe.get_config()
+    rows = models.layer_table(config.model, config.input.crop)
+    assert [row.name for row in rows if row.exchange] == ["conv1", "conv2", "conv3", "fc6", "fc7", "fc8"]
+    figure = diagram.diagram(rows, 2, config.input.crop)
+    assert sum(line.get_linestyle() == "--" for line in figure.axes[0].lines) == 2 * 4
 
 
 # Files.

@@ -15,8 +15,6 @@ import jax
 import numpy as np
 from absl import flags
 
-import checkpoint
-import update
 from common import cli, files
 from common.errors import UserError, require, shown
 from datasets import prepared, wordnet
@@ -61,19 +59,13 @@ def _read(path: pathlib.Path) -> naming.Weights:
 
 
 def _write_workdir(found: naming.Weights) -> None:
-    """Writes what the tools need of a workdir; config.json comes last, so that an unfinished one is none."""
+    """Writes what the tools need of a workdir, and says what to do with it."""
     config, workdir = found.config, workdirs.expanded(shared.chosen("workdir"))
     records = _records(found)
-    setup.state_shapes(config)  # checks the config
-    state = jax.device_get(update.init_state(config)).replace(params=found.params)
     with workdirs.lock(workdir):
         taken = (workdir / "config.json").exists()
         require(not taken, f"{workdir} is the workdir of a run; take a new --workdir.")
-        with checkpoint.Checkpoints(workdir) as checkpoints:
-            meta = {"config": workdirs.to_json(config), "classes": workdirs.classes_checksum(records)}
-            checkpoints.save(0, state, meta)
-        workdirs.write_dataset(records, workdir)
-        workdirs.write_config(config, workdir)
+        setup.write_new(config, records, workdir, found.params)
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     print(f"{workdir}: {config.model.name}, {count:,} parameters, {records.num_classes} classes. What to do with it:")
     print(f"  {shlex.join(['python', '-m', 'tools.predict', f'--workdir={workdir}', 'photo.jpg'])}")

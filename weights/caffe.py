@@ -54,7 +54,8 @@ def read(path: pathlib.Path, mean: pathlib.Path | None = None) -> naming.Weights
     config = recipe.get_config(_variant(path, [layer.name for layer in layers]))
     tensors = {}
     for layer in layers:
-        for kind, blob in zip(("weight", "bias"), layer.blobs, strict=False):
+        for number, blob in enumerate(layer.blobs):
+            kind = ("weight", "bias")[number] if number < 2 else f"blob {number + 1}"
             name = f"{layer.name}.{kind}"
             require(name not in tensors, f"{path} is damaged: it has {name} twice.")
             tensors[name] = _array(path, name, blob)

@@ -4,8 +4,11 @@ import io
 import pathlib
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -24,7 +27,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     require(path.is_file(), f"{path} is not there, or is no file.")
     try:
-        return _read_torch(path) if path.suffix in TORCH else _read_safe(path)
+        with warnings.catch_warnings(action="ignore"):  # the sentence says what counts
+            return _read_torch(path) if path.suffix in TORCH else _read_safe(path)
     except UserError:
         raise
     except Exception as error:  # both libraries raise anything on damaged files
@@ -49,6 +53,9 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _read_torch(path):
     torch = _torch()
+    if zipfile.is_zipfile(path):  # PyTorch compares no checksums
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None, f"{path} is damaged: a checksum in it is wrong.")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -60,11 +67,20 @@ def _read_torch(path):
     tensors = found if isinstance(found, dict) else {}
     fits = tensors and all(isinstance(value, torch.Tensor) for value in tensors.values())
     require(fits, f"{path} is no state_dict, but {_kind(found)}. Store `network.state_dict()` alone.")
+    for name, tensor in tensors.items():
+        _check_type(path, name, tensor.dtype, tensor.is_floating_point())
     return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
 
 
 def _read_safe(path):
-    return {name: array.astype(np.float32) for name, array in safetensors.numpy.load_file(path).items()}
+    tensors = safetensors.numpy.load_file(path)
+    for name, array in tensors.items():
+        _check_type(path, name, array.dtype, jnp.issubdtype(array.dtype, np.floating))
+    return {name: array.astype(np.float32) for name, array in tensors.items()}
+
+
+def _check_type(path, name, kind, floating):
+    require(floating, f"{path}: {name} holds {kind}, and must hold floating-point numbers.")
 
 
 def _torch():
