@@ -133,4 +133,4 @@ def test_layer_table_is_in_order_of_computation(monkeypatch):
 
     monkeypatch.setitem(models.MODELS, "backwards", Backwards)
     rows = models.layer_table(dict(name="backwards", num_classes=5, towers=2, dtype="float32"), 8)
-    assert rows == [models.Row("b", (4,), (3, 4), 16, 12, 0), models.Row("a", (5,), (4, 5), 25, 20, 2)]
+    assert rows == [models.Row("b", (4,), (3, 4), 16, 12, 0, False), models.Row("a", (5,), (4, 5), 25, 20, 2, True)]
