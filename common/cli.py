@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import inspect
 import re
 import runpy
@@ -9,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -30,7 +32,7 @@ def define_config() -> flags.FlagHolder:
         _fail(f"--flagfile cannot be read: {error}")
 
 
-def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
+def run(main: Callable[[list[str]], int | None], takes: str = "", passes: str = "") -> None:
     """Parses the flags, calls `main(argv)`, and ends the process; see `exits` for the codes.
 
     A `UserError`, and an `OSError` with a reason, end in one sentence. `--help` prints the docstring of the program's
@@ -39,6 +41,7 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
     Args:
       main: the program.
       takes: the arguments that are no flags, as help shows them, such as 'FILE …'; '' for a program without.
+      passes: arguments that begin so are no flags of the program but are for others, and reach `main` as they are.
     """
 
     def guarded(argv):
@@ -49,8 +52,9 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
             if stream:  # None if it was closed
                 stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
-            if len(argv) > 1 and not takes:
-                raise UserError(f"{argv[1]!r} is no flag; options begin with two dashes.")
+            stray = [argument for argument in argv[1:] if not (passes and argument.startswith(passes))]
+            if stray and not takes:
+                raise UserError(f"{stray[0]!r} is no flag; options begin with two dashes.")
             code = main(argv)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # on the way out it would only print a traceback
             return code
@@ -72,7 +76,7 @@ def run(main: Callable[[list[str]], int | None], takes: str = "") -> None:
         with contextlib.suppress(BrokenPipeError):  # its reader may be `head`
             print(_help(main, takes), flush=True)
         exits.leave(0)
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, passes))
 
 
 def _options(argv: list[str]) -> list[str]:
@@ -106,15 +110,17 @@ def _without_tensorstore(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(passes: str, argv: list[str]) -> list[str]:
     """Parses flags; any mistake in them or in the config's file ends in a sentence."""
     known = {}
+    passed = [argument for argument in argv if passes and argument.startswith(passes)]
+    argv = [argument for argument in argv if argument not in passed]
     try:
         if "config" in flags.FLAGS and (name := _config_flag(argv)) is not None:
             # Read before absl does, whose errors do not tell the file's mistakes from those of the flags.
             known = dict(field_names(load_config(name)))
-            _check_overrides(argv, name, known)
-        return flags.FLAGS(argv)
+            check_overrides(argv, name, known)
+        return flags.FLAGS(argv) + passed
     except UserError as error:
         _fail(str(error))
     except Exception as error:  # absl and ml_collections raise anything
@@ -144,28 +150,37 @@ def _config_flag(argv: list[str]) -> str | None:
 
 def load_config(name: str) -> Mapping:
     """The config of FILE or FILE:VARIANT; raises `UserError`, with the line, if the file has a mistake."""
+    config = call_file("config", name)
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"--config={name}: get_config() returns no ConfigDict: {shown(config)}.")
+    return config
+
+
+def call_file(kind: str, name: str) -> Any:
+    """What the function get_KIND of FILE or FILE:VARIANT returns, for a flag --KIND.
+
+    Raises:
+      UserError: the file has a mistake; it names the line.
+    """
     file, _, variant = name.partition(":")
     try:
-        get_config = runpy.run_path(file).get("get_config")
-        if not get_config:
-            raise UserError(f"--config={file} has no function get_config().")
-        if variant and not inspect.signature(get_config).parameters:
+        function = runpy.run_path(file).get(f"get_{kind}")
+        if not function:
+            raise UserError(f"--{kind}={file} has no function get_{kind}().")
+        if variant and not inspect.signature(function).parameters:
             raise UserError(f"{file} has no variants, so none called {variant!r}.")
-        config = get_config(*[variant] * bool(variant))
+        return function(*[variant] * bool(variant))
     except UserError:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         message = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
         raise UserError(
-            f"--config={file} cannot be loaded: {message}{f' (line {lines[-1]})' if lines else ''}"
+            f"--{kind}={file} cannot be loaded: {message}{f' (line {lines[-1]})' if lines else ''}"
         ) from error
-    if not hasattr(config, "to_dict"):
-        raise UserError(f"--config={file}: get_config() returns no ConfigDict: {shown(config)}.")
-    return config
 
 
-def _check_overrides(argv: list[str], name: str, known: Mapping) -> None:
+def check_overrides(argv: list[str], name: str, known: Mapping) -> None:
     """Raises `UserError` for an override of a field that is not there, or of a tuple too deep to parse."""
     for argument in argv:
         if not (match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL)):

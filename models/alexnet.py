@@ -44,6 +44,20 @@ ORDERS = {
         "conv4": ("activate",),
         "conv5": ("activate", "pool"),
     },
+    "no_lrn2": {
+        "conv1": ("activate", "normalize", "pool"),
+        "conv2": ("activate", "pool"),
+        "conv3": ("activate",),
+        "conv4": ("activate",),
+        "conv5": ("activate", "pool"),
+    },
+    "lrn2_first": {
+        "conv1": ("activate", "normalize", "pool"),
+        "conv2": ("normalize", "activate", "pool"),
+        "conv3": ("activate",),
+        "conv4": ("activate",),
+        "conv5": ("activate", "pool"),
+    },
     "2012": {
         "conv1": ("normalize", "pool", "activate"),
         "conv2": ("activate", "normalize", "normalize_spatially", "pool"),
@@ -84,8 +98,8 @@ class AlexNet(nn.Module):
       without: layers left out, of conv2 … fc7. A convolution takes its ReLU and normalisation with it; its pooling
         stays, so that the layers above keep their sizes. An exchange goes with its layer: without conv3, the towers
         first meet at fc6, unless `exchange` names conv4.
-      order: 'paper' (ReLU → LRN → pool), 'caffenet' (ReLU → pool → LRN), or '2012' (the source's order, with its
-        second, spatial normalisation).
+      order: 'paper' (ReLU → LRN → pool), 'caffenet' (ReLU → pool → LRN), 'no_lrn2' (no LRN after conv2), 'lrn2_first'
+        (LRN before the ReLU of conv2), or '2012' (the source's order, with its second, spatial normalisation).
       initial_weights: `model.init` in a config; 'paper' (normal, σ 0.01), '2012' (σ 0.03 in conv3 … conv5), or 'he'
         (σ √(2 / fan-in), biases 0), which is made for inputs of unit variance, see `input.scale`.
       dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.

@@ -1,0 +1,152 @@
+"""The runs of a sweep: their commands, what they have done, and processes that end with the sweep."""
+
+import ctypes
+import dataclasses
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common import files
+from common.errors import UserError, nearest, require
+from configs.sweeps import Lines, Sweep
+from run import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+@dataclasses.dataclass
+class ArmRun:
+    """A run of main.py: one arm with one seed.
+
+    Attributes:
+      arm, seed, workdir: which, and its folder.
+      flags: what follows main.py and --workdir.
+      process: while it is under way.
+    """
+
+    arm: str
+    seed: int
+    workdir: pathlib.Path
+    flags: tuple[str, ...]
+    process: subprocess.Popen | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as 'tanh/seed-0'."""
+        return f"{self.arm}/seed-{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        return [sys.executable, str(ROOT / "main.py"), *self.flags, f"--workdir={self.workdir}"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the same command has come to its end."""
+        try:
+            stored = json.loads((self.workdir / "command.json").read_text())
+            return stored == {"flags": list(self.flags), "finished": True}
+        except (OSError, ValueError):
+            return False
+
+    def lines(self) -> Lines:
+        """The metrics so far."""
+        return metrics.read_lines(self.workdir / "metrics.jsonl")
+
+    def start(self) -> None:
+        """Begins, or goes on; what it says goes to log.txt.
+
+        The process has a session of its own, so that Ctrl-C reaches the sweep alone. It is asked to save and end when
+        the sweep ends in any way.
+        """
+        files.folder(self.workdir)
+        self._write(finished=False)
+        with (self.workdir / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def ended(self) -> bool:
+        """Whether the process is over; notes its success."""
+        if self.process.poll() == 0:
+            self._write(finished=True)
+        return self.process.returncode is not None
+
+    def failure(self) -> str:
+        """The sentence with which it ended, or its exit code."""
+        said = (self.workdir / "log.txt").read_text(errors="replace")
+        errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
+        return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.workdir / 'log.txt'}"
+
+    def _write(self, finished: bool) -> None:
+        with files.replacing(self.workdir / "command.json") as partial:
+            partial.write_text(json.dumps({"flags": self.flags, "finished": finished}, indent=2) + "\n")
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def runs_of(
+    sweep: Sweep, workdir: pathlib.Path, *, arms: Sequence[str], overrides: Sequence[str], flags: Sequence[str]
+) -> list[ArmRun]:
+    """The runs, all arms with the first seed before those with the second.
+
+    Args:
+      arms: their names; () for all.
+      overrides: '--config.FIELD=VALUE …', which win over those of the sweep.
+      flags: others of main.py.
+
+    Raises:
+      UserError: there is no such arm, or an override gives the seed.
+    """
+    for arm in sweep.arms:
+        require(re.fullmatch(r"[\w.-]+", arm), f"The arm {arm!r} must be a name of letters, digits, '-', '_' and '.'.")
+    for arm in arms:
+        require(arm in sweep.arms, f"--arms={arm}: there is no such arm, {nearest(arm, sweep.arms)}")
+    if any(override.startswith("--config.seed=") for override in overrides):
+        raise UserError("--config.seed cannot be given: the sweep sets it, --seeds says which.")
+    return [
+        ArmRun(
+            name,
+            seed,
+            workdir / name / f"seed-{seed}",
+            (
+                f"--config={sweep.config}",
+                *(override(field, value) for field, value in (sweep.overrides | arm.overrides).items()),
+                *overrides,
+                f"--config.seed={seed}",
+                *flags,
+            ),
+        )
+        for seed in sweep.seeds
+        for name, arm in sweep.arms.items()
+        if name in arms or not arms
+    ]
+
+
+def override(field: str, value: Any) -> str:
+    """An override on the command line."""
+    return f"--config.{field}={value}"
+
+
+def fraction(lines: Lines, config: Mapping[str, Any]) -> float:
+    """How much of a run is done, from 0 to 1; `config` is its config.json."""
+    if not lines:
+        return 0.0
+    if config["num_steps"]:
+        return min(1.0, lines[-1]["step"] / config["num_steps"])
+    return min(1.0, lines[-1]["epoch"] / config["num_epochs"])

@@ -1,0 +1,157 @@
+"""The figures of a sweep: means over seeds, and differences from the base with their intervals."""
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from scipy import stats
+
+from configs.sweeps import Lines, Measure, Sweep
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A measure of an arm.
+
+    Attributes:
+      values: by seed.
+      mean: over the seeds; None without values.
+      deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
+      difference: the mean over the seeds that the base has too of arm minus base; None without such seeds.
+      margin: half of the interval of `difference` (CONFIDENCE, Student's t over pairs); None with fewer than two pairs.
+      published: the published difference, or None.
+    """
+
+    arm: str
+    measure: Measure
+    values: Mapping[int, float]
+    mean: float | None
+    deviation: float | None
+    difference: float | None
+    margin: float | None
+    published: float | None
+
+
+def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
+    """A row for each measure of each arm.
+
+    Args:
+      sweep: its first arm is the base.
+      finished: the lines of metrics.jsonl by (arm, seed); arms or seeds may be missing.
+    """
+    base, *_ = sweep.arms
+    found = []
+    for measure in sweep.measures:
+        values = {name: {} for name in sweep.arms}
+        for (name, seed), lines in sorted(finished.items()):
+            value = measure.read(lines)
+            if name in values and value is not None:
+                values[name][seed] = value
+        for name, arm in sweep.arms.items():
+            pairs = [value - values[base][seed] for seed, value in values[name].items() if seed in values[base]]
+            mean, deviation = _spread(list(values[name].values()))
+            difference, spread = _spread(pairs if name != base else [])
+            margin = None
+            if spread is not None:
+                quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)
+                margin = float(quantile) * spread / math.sqrt(len(pairs))
+            published = arm.published.get(measure.name)
+            found.append(Row(name, measure, values[name], mean, deviation, difference, margin, published))
+    return found
+
+
+def to_draw(sweep: Sweep, found: Sequence[Row], measure: Measure) -> tuple[str, list[tuple]]:
+    """The arguments of `comparisons.differences` for a measure; fractions are in points."""
+    scale = 100 if measure.percent else 1
+
+    def scaled(value):
+        return None if value is None else scale * value
+
+    base, *_ = sweep.arms
+    of_measure = {row.arm: row for row in found if row.measure is measure}
+    zero = of_measure[base].values
+    drawn = [
+        (
+            row.arm,
+            scaled(row.difference),
+            scaled(row.margin),
+            scaled(row.published),
+            [scale * (value - zero[seed]) for seed, value in row.values.items() if seed in zero],
+        )
+        for row in of_measure.values()
+        if row.arm != base
+    ]
+    return f"{measure.name} − that of {base}{', points' if measure.percent else ''}", drawn
+
+
+def curves(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> dict[str, list[tuple[list, list]]]:
+    """The metric `sweep.curve` against epochs, for `comparisons.curves`."""
+    found = {name: [] for name in sweep.arms}
+    for (name, _), lines in sorted(finished.items()):
+        known = [(line["epoch"], line[sweep.curve]) for line in lines if line.get(sweep.curve) is not None]
+        if name in found and known:
+            found[name].append(tuple(map(list, zip(*known, strict=True))))
+    return found
+
+
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean and the standard deviation of a sample, as far as they exist."""
+    return (
+        statistics.fmean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
+def to_csv(found: Sequence[Row]) -> str:
+    """The rows as CSV, in the units of the metrics; `values` are SEED:VALUE."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["arm", "measure", "mean", "deviation", "difference", "low", "high", "published", "values"])
+    for row in found:
+        low = high = None
+        if row.margin is not None:
+            low, high = row.difference - row.margin, row.difference + row.margin
+        values = " ".join(f"{seed}:{value!r}" for seed, value in row.values.items())
+        numbers = [row.mean, row.deviation, row.difference, low, high, row.published]
+        writer.writerow([row.arm, row.measure.name, *numbers, values])
+    return file.getvalue()
+
+
+def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
+    """A table for each measure; fractions are in per cent and their differences in points."""
+    parts = []
+    for measure in sweep.measures:
+        unit = " (%)" if measure.percent else ""
+        lines = [
+            f"| arm | runs | {measure.name}{unit} | difference, {CONFIDENCE:.0%} interval | published | overrides |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in found:
+            if row.measure is measure:
+                overrides = " ".join(f"`{field}={value}`" for field, value in sweep.arms[row.arm].overrides.items())
+                cells = [row.arm, str(len(row.values)), *cells_of(row), overrides]
+                lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def cells_of(row: Row) -> tuple[str, str, str]:
+    """The mean, the difference from the base and the published difference, for a reader; '–' for what is missing."""
+    scale, digits = (100, 1) if row.measure.percent else (1, 2)
+
+    def number(value, sign=""):
+        return "–" if value is None else f"{value * scale:{sign}.{digits}f}"
+
+    def within(middle, margin):
+        return middle if margin is None else f"{middle} ± {number(margin)}"
+
+    return (
+        within(number(row.mean), row.deviation),
+        within(number(row.difference, "+"), row.margin),
+        number(row.published, "+"),
+    )

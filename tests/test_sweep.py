@@ -1,0 +1,226 @@
+"""Sweeps: what they compute of finished runs, and that they survive failures, signals and kills."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import models
+import runs
+from common import cli
+from configs.sweeps import Arm, Measure, Sweep, claims, epochs_to, last
+from run import results
+
+BOUND = Measure("error", last("test/top1_error"))
+
+
+def lines(*errors):
+    return [{"step": step, "epoch": float(step), "test/top1_error": error} for step, error in enumerate(errors)]
+
+
+def sweep(**changes):
+    return Sweep(
+        "configs/demo.py", {"base": Arm(), "other": Arm({"model.lrn": False}, {"error": 0.02})}, [BOUND], **changes
+    )
+
+
+def test_differences_are_those_of_a_paired_test():
+    rng = np.random.default_rng(0)
+    base, other = rng.uniform(0.2, 0.3, (2, 5))
+    finished = {("base", seed): lines(value) for seed, value in enumerate(base)}
+    finished |= {("other", seed): lines(0.9, value) for seed, value in enumerate(other)} | {("base", 9): lines(0.7)}
+    zero, row = results.rows(sweep(), finished)
+    test = stats.ttest_rel(other, base).confidence_interval(0.95)  # seed 9 has no pair
+    assert row.difference == pytest.approx((other - base).mean())
+    assert (row.difference - row.margin, row.difference + row.margin) == pytest.approx((test.low, test.high))
+    assert (row.mean, row.deviation) == pytest.approx((other.mean(), other.std(ddof=1)))
+    assert (zero.mean, zero.difference, row.published) == (pytest.approx(np.mean([*base, 0.7])), None, 0.02)
+    table = results.to_markdown(sweep(), [zero, row])
+    assert f"| other | 5 | {other.mean():.1%}".replace("%", "") in table and "| +2.0 | `model.lrn=False` |" in table
+    _, written = csv.DictReader(results.to_csv([zero, row]).splitlines())
+    assert float(written["low"]) == pytest.approx(test.low) and written["values"].startswith("0:")
+
+
+def test_few_runs_have_no_interval():
+    zero, row = results.rows(sweep(), {("base", 0): lines(0.5), ("other", 0): lines(0.25)})
+    assert (row.difference, row.margin, row.deviation) == (-0.25, None, None)
+    (_, missing) = results.rows(sweep(), {})
+    assert (missing.mean, missing.difference) == (None, None)
+    assert results.cells_of(missing)[0] == "–" and results.cells_of(zero)[0] == "50.0"
+
+
+def test_the_epoch_of_a_bound():
+    found = [{"step": 0, "epoch": 0.5, "x": 0.4}, {"step": 1, "epoch": 1.0}, {"step": 2, "epoch": 1.5, "x": 0.25}]
+    assert (epochs_to("x", 0.25)(found), epochs_to("x", 0.1)(found)) == (1.5, None)
+
+
+@pytest.mark.parametrize("variant", ["", "imagenet"])
+def test_every_claim_is_a_network(variant):
+    """Each arm's overrides are fields, and give another network or another input than the base."""
+    found = claims.get_sweep(variant)
+    seen = set()
+    for arm in found.arms.values():
+        config = cli.load_config(str(runs.ROOT / found.config))
+        for field, value in (found.overrides | arm.overrides).items():
+            with config.unlocked():
+                section, name = field.split(".")
+                assert type(config[section][name]) is type(value), field
+                config[section][name] = value
+        models.build(config.model, None, config.input.crop)
+        seen.add(str(config))
+    assert len(seen) == len(found.arms)
+
+
+# The command. A stand-in for main.py writes what a run writes, and takes a signal as a run does.
+STAND_IN = """
+import json, pathlib, signal, sys, time
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+workdir, seed = pathlib.Path(flags["workdir"]), int(flags["config.seed"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if flags["config.model.lrn_n"] == "0":
+    sys.exit("error: model.lrn_n=0 must be more.")
+(workdir / "config.json").write_text(json.dumps({"num_steps": 4, "num_epochs": 0.0}))
+metrics = workdir / "metrics.jsonl"
+done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+for step in range(done, 5):
+    time.sleep(float(flags["config.input.scale"]))
+    with metrics.open("a") as file:
+        print(json.dumps({"step": step, "epoch": step / 2, "test/top1_error": 0.1 * seed + 0.01 * step}), file=file)
+"""
+FILE = """
+from configs.sweeps import Arm, Measure, Sweep, last
+def get_sweep():
+    arms = {"base": Arm(), "bad": Arm({"model.lrn_n": 0}), "last": Arm({"model.lrn_k": 1.0})}
+    return Sweep("configs/demo.py", arms, [Measure("error", last("test/top1_error"))], seeds=(0, 1),
+                 overrides={"model.lrn_n": 5, "input.scale": 0.01}, curve="test/top1_error")
+"""
+PROGRAM = """
+import sys
+from run import arms
+arms.ArmRun.command = property(lambda run: [sys.executable, "STAND_IN", *run.flags, f"--workdir={run.workdir}"])
+from common import cli
+from tools import sweep
+sweep.SECONDS = 0.05
+cli.run(sweep.main, passes="--config.")
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "file.py").write_text(FILE)
+    (tmp_path / "program.py").write_text(PROGRAM.replace("STAND_IN", str(tmp_path / "stand_in.py")))
+    flags = [f"--sweep={tmp_path / 'file.py'}", f"--workdir={tmp_path / 'w'}"]
+    return [sys.executable, str(tmp_path / "program.py"), *flags]
+
+
+def start(command, *flags):
+    return subprocess.Popen(
+        [*command, *flags],
+        cwd=runs.ROOT,
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(command, *flags, expect):
+    process = start(command, *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == expect, out + err
+    return out, err
+
+
+def counts(tmp_path):
+    """How many steps each run has."""
+    return {str(path.parent.relative_to(tmp_path / "w")): len(path.read_text().splitlines())
+            for path in sorted((tmp_path / "w").rglob("metrics.jsonl"))}  # fmt: skip
+
+
+def test_a_failed_arm_stops_no_other_and_finished_runs_stay(command, tmp_path):
+    _out, err = finish(command, expect=2)
+    failures = "2 of 6 runs failed: bad/seed-0 (model.lrn_n=0 must be more); bad/seed-1 (model.lrn_n=0 must be more)"
+    assert runs.sentence(err) == f"error: {failures}"
+    assert counts(tmp_path) == {f"{arm}/seed-{seed}": 5 for arm in ("base", "last") for seed in (0, 1)}
+    table = (tmp_path / "w/results.md").read_text()
+    assert "| base | 2 | 9.0 ± 7.1 |" in table and "| bad | 0 | – |" in table and "4 of 6 runs" in table
+    for picture in ("curve.png", "differences-1.png"):
+        assert picture in table and (tmp_path / "w" / picture).stat().st_size > 5000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("metrics.jsonl")}
+    _, err = finish(command, "--arms=base,last", expect=0)
+    assert "starts" not in err
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    finish(command, "--arms=last", "--seeds=7", "--config.input.scale=0.02", expect=0)
+    flags = json.loads((tmp_path / "w/last/seed-7/command.json").read_text())["flags"]
+    assert flags[-2:] == ["--config.input.scale=0.02", "--config.seed=7"]
+
+
+def test_a_dry_run_prints_the_commands_and_writes_nothing(command, tmp_path):
+    out, _ = finish(command, "--dry_run", "--arms=last", "--cpu_devices=2", expect=0)
+    first, second = out.splitlines()
+    assert "--config.model.lrn_k=1.0 --config.seed=0 --cpu_devices=2 --workdir=" in first and "seed=1" in second
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_same_command_goes_on_after_a_signal(command, tmp_path, number):
+    slow = ["--arms=base,last", "--jobs=2", "--config.input.scale=0.5"]
+    process = start(command, *slow)
+    while sorted(counts(tmp_path).values())[:1] < [2]:
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], err
+    for _ in range(100):  # the children's end is theirs after a kill
+        if not (left := subprocess.run(["pgrep", "-f", str(tmp_path / "stand_in.py")], capture_output=True).stdout):
+            break
+        time.sleep(0.1)
+    assert not left, "runs go on without their sweep"
+    stopped = counts(tmp_path)
+    assert stopped and all(steps < 5 for steps in stopped.values())
+    quick = [*slow[:2], "--config.input.scale=0.5"]
+    _, err = finish(command, *quick, expect=0)
+    assert f"{next(iter(stopped))} goes on" in err
+    assert set(counts(tmp_path).values()) == {5}
+    assert "| last | 2 | 9.0 ± 7.1 | +0.0 ± 0.0 |" in (tmp_path / "w/results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--arms=bsae"], "--arms=bsae: there is no such arm, did you mean base"),
+        (["--seeds=a"], "--seeds=a must be numbers"),
+        (["--config.model.lnr=False"], r"has no field 'model.lnr'; did you mean model.lrn"),
+        (["--config.seed=3"], "the sweep sets it"),
+        (["--sweep=absent.py"], "--sweep=absent.py cannot be loaded"),
+        (["--sweep=configs/demo.py"], "has no function get_sweep"),
+        (["stray"], "'stray' is no flag"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(command, tmp_path, flags, sentence):
+    _, err = finish(command, *flags, expect=2)
+    assert re.search(sentence, runs.sentence(err)), err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs(tmp_path):
+    """Two arms of main.py, on photographs."""
+    photographs = runs.photographs(tmp_path)
+    (tmp_path / "real.py").write_text(FILE.replace("configs/demo.py", "configs/alexnet.py").replace("0.01", "0.0156"))
+    given = [flag for flag in runs.command(photographs, tmp_path / "x")[4:] if flag.startswith("--config.")]
+    given = [flag for flag in given if not flag.startswith("--config.seed")]
+    command = [sys.executable, "-m", "tools.sweep", f"--sweep={tmp_path / 'real.py'}", f"--workdir={tmp_path / 'w'}"]
+    _, err = finish(command, "--arms=base,last", "--seeds=0", *given, "--config.num_steps=4", expect=0)
+    assert "last/seed-0 is finished" in err
+    assert runs.checkpoints(tmp_path / "w/last/seed-0") == [4]

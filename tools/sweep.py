@@ -1,0 +1,200 @@
+"""Runs variations of a recipe: `python -m tools.sweep --sweep=configs/sweeps/claims.py --workdir=runs/claims`.
+
+A sweep is a file under configs/sweeps/ with arms (overrides of one recipe) and seeds. Each run is a process of main.py
+with its own folder, WORKDIR/ARM/seed-N, and what it says is in log.txt there. After each run, WORKDIR has results.md,
+results.csv and pictures: means over the seeds, and differences from the first arm with 95 % intervals, paired by seed.
+
+Overrides such as --config.dataset.name=imagenet2012 hold for all arms. The same command goes on with a sweep that was
+stopped: finished runs are left as they are, and others continue from their last checkpoint. A run that fails stops no
+other, and is reported at the end.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import shlex
+import sys
+import time
+
+from absl import flags
+from rich import console, live, table
+
+from common import cli, exits, files
+from common.errors import UserError, require, shown
+from configs.sweeps import Sweep
+from drawing import canvas, comparisons
+from run import arms, results, workdirs
+
+SWEEP = flags.DEFINE_string("sweep", None, "The sweep, FILE or FILE:VARIANT.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
+JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
+ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
+SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the sweep's, with commas between them.")
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.")
+
+SECONDS = 2.0  # between looks at the runs
+
+
+def main(argv: list[str]) -> int:
+    """Runs what is not finished."""
+    _, *overrides = argv
+    sweep = _load(overrides)
+    workdir = workdirs.expanded(WORKDIR.value)
+    devices = [f"--cpu_devices={CPU_DEVICES.value}"] if CPU_DEVICES.value else []
+    runs = arms.runs_of(sweep, workdir.resolve(), arms=ARMS.value, overrides=overrides, flags=devices)
+    if DRY_RUN.value:
+        for run in runs:
+            print("#" * run.finished + shlex.join(run.command))
+        return 0
+    with workdirs.lock(workdir), exits.StopSignal() as stop:
+        failed = Progress(sweep, runs, workdir).run(stop)
+    if stop.code:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        return stop.code
+    print(f"{workdir / 'results.md'}", *sorted(workdir.glob("*.png")), sep="\n")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    return 0
+
+
+def _load(overrides: list[str]) -> Sweep:
+    """The sweep, checked with all its overrides before anything starts."""
+    sweep = cli.call_file("sweep", SWEEP.value)
+    require(isinstance(sweep, Sweep), f"--sweep={SWEEP.value}: get_sweep() returns no Sweep: {shown(sweep)}.")
+    if SEEDS.value:
+        fits = all(seed.isdecimal() for seed in SEEDS.value)
+        require(fits, f"--seeds={','.join(SEEDS.value)} must be numbers, such as 0,1,2.")
+        sweep = dataclasses.replace(sweep, seeds=tuple(map(int, SEEDS.value)))
+    known = dict(cli.field_names(cli.load_config(sweep.config)))
+    for arm in sweep.arms.values():
+        given = [arms.override(field, value) for field, value in (sweep.overrides | arm.overrides).items()]
+        cli.check_overrides([*given, *overrides], sweep.config, known)
+    return sweep
+
+
+class Progress:
+    """Runs a sweep, shows how far it is, and keeps the results up to date.
+
+    Args:
+      sweep, runs: what to run.
+      workdir: where the results go.
+    """
+
+    def __init__(self, sweep: Sweep, runs: list[arms.ArmRun], workdir: pathlib.Path):
+        self._sweep, self._runs, self._workdir = sweep, runs, workdir
+        self._waiting = collections.deque(run for run in runs if not run.finished)
+        self._under_way, self._failed = [], {}
+        self._begun, self._already = time.monotonic(), {}
+        self._console = console.Console(file=sys.stderr)
+
+    def run(self, stop: exits.StopSignal) -> list[str]:
+        """Runs until all has ended or a signal came; returns the failures, 'ARM/seed-N (reason)'."""
+        self._write()
+        with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
+            try:
+                while (self._waiting or self._under_way) and not stop.code:
+                    while self._waiting and len(self._under_way) < JOBS.value:
+                        self._start(self._waiting.popleft())
+                    if self._console.is_terminal:
+                        shown.update(self._table(), refresh=True)
+                    time.sleep(SECONDS)
+                    self._collect()
+            finally:
+                self._stop()
+        return [f"{name} ({reason.rstrip('.')})" for name, reason in self._failed.items()]
+
+    def _start(self, run):
+        self._already[run.name] = self._fraction(run)
+        run.start()
+        self._under_way.append(run)
+        self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}")
+
+    def _collect(self):
+        """Takes out the runs that have ended, and renews the results."""
+        for run in [run for run in self._under_way if run.ended()]:
+            self._under_way.remove(run)
+            if run.process.returncode:
+                self._failed[run.name] = run.failure()
+                self._say(f"{run.name} failed: {self._failed[run.name]}")
+            else:
+                self._write()
+                self._say(f"{run.name} is finished; {self._left()}")
+
+    def _stop(self):
+        """Asks the runs under way to save and end, and waits for them."""
+        for run in self._under_way:
+            run.process.terminate()
+        for run in self._under_way:
+            run.process.wait()
+            run.ended()
+
+    def _write(self):
+        finished = {(run.arm, run.seed): run.lines() for run in self._runs if run.finished}
+        found = results.rows(self._sweep, finished)
+        pictures = {}
+        for number, measure in enumerate(self._sweep.measures, 1):
+            title, drawn = results.to_draw(self._sweep, found, measure)
+            pictures[f"differences-{number}.png"] = comparisons.differences(title, drawn)
+        if curve := self._sweep.curve:
+            pictures["curve.png"] = comparisons.curves(curve, results.curves(self._sweep, finished))
+        for name, figure in pictures.items():
+            canvas.save(figure, self._workdir / name)
+        head = f"# {pathlib.Path(self._sweep.config).stem}: {len(finished)} of {len(self._runs)} runs\n\n"
+        command = shlex.join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
+        text = f"{head}`python -m tools.{command}`\n\n{results.to_markdown(self._sweep, found)}"
+        for name in pictures:
+            text += f"\n![{name}]({name})\n"
+        for name, content in (("results.md", text), ("results.csv", results.to_csv(found))):
+            with files.replacing(self._workdir / name) as partial:
+                partial.write_text(content, encoding="utf-8")
+
+    # What a person sees.
+
+    def _say(self, text):
+        if not self._console.is_terminal:
+            print(text, file=sys.stderr, flush=True)
+
+    def _fraction(self, run):
+        if run.finished:
+            return 1.0
+        try:
+            config = json.loads((run.workdir / "config.json").read_text())
+            return arms.fraction(run.lines(), config)
+        except (OSError, ValueError, LookupError):
+            return 0.0
+
+    def _left(self):
+        """The time left, from what was done since the start."""
+        done = {run.name: self._fraction(run) for run in self._runs}
+        since = sum(done[name] - before for name, before in self._already.items() if name not in self._failed)
+        open_runs = [run for run in self._runs if run.name not in self._failed]
+        rest = sum(1 - done[run.name] for run in open_runs)
+        if not since:
+            return "time left unknown"
+        minutes = rest / since * (time.monotonic() - self._begun) / 60
+        return f"some {minutes:,.0f} minutes left" if minutes < 120 else f"some {minutes / 60:,.1f} hours left"
+
+    def _table(self):
+        """Arms by seeds: how far each is."""
+        shown = table.Table(title=f"{SWEEP.value}: {self._left()}", title_justify="left")
+        seeds = sorted({run.seed for run in self._runs})
+        for head in ("arm", *(f"seed {seed}" for seed in seeds)):
+            shown.add_column(head)
+        cells = {(run.arm, run.seed): self._cell(run) for run in self._runs}
+        for arm in dict.fromkeys(run.arm for run in self._runs):
+            shown.add_row(arm, *(cells[arm, seed] for seed in seeds))
+        return shown
+
+    def _cell(self, run):
+        if run.name in self._failed:
+            return "failed"
+        part = self._fraction(run)
+        if run in self._under_way:
+            return f"{part:.0%} …"
+        return "done" if run.finished else f"{part:.0%}" if part else "–"
+
+
+if __name__ == "__main__":
+    cli.run(main, passes="--config.")
