@@ -92,7 +92,7 @@ def is_known(dotted):
     return False
 
 
-SUFFIXES = ("npz", "tar", "html", "json", "jsonl", "csv", "svg", "png", "cff")  # of files that a run writes, and the like
+SUFFIXES = ("npz", "tar", "html", "json", "jsonl", "csv", "svg", "png", "cff")  # of what a run writes, and the like
 OURS = {name.partition(".")[0] for name in fields()} | {
     path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
 }
