@@ -1,8 +1,8 @@
 """Writes a network as a program: `python -m tools.export --workdir=runs/caltech101 --out=alexnet.stablehlo`.
 
 The file has the parameters and all that is done with the pixels. It runs on CPUs, NVIDIA's GPUs and TPUs, on batches of
-any size, and needs `pip install jax flatbuffers` but not this code. Beside it, alexnet.json has the names of the classes
-and readable `labels`, in the order of the probabilities. A program with Pillow as well, in the folder of the two files:
+any size, and needs `pip install jax flatbuffers` but not this code. Beside it, alexnet.json has the names of the
+classes and readable `labels`, in the order of the probabilities. A program with Pillow as well, in their folder:
 
     import json, pathlib
     import jax, numpy as np
