@@ -13,8 +13,10 @@ from jax import export
 
 import runs
 import update
+from common.errors import UserError
 from configs import alexnet_2012, cifar10, torchvision
 from predictor import Predictor
+from tools import export as tool
 
 # What a program of a user does, in a process that cannot import this code.
 USE = """
@@ -81,6 +83,12 @@ def test_every_network_takes_a_batch_of_any_size(recipe):
     expected = function(images)
     assert np.ptp(expected) > 0
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_network_that_no_file_can_hold_is_refused(workdir, monkeypatch):
+    monkeypatch.setattr(tool, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match="GB at most"):
+        tool.exported(Predictor(workdir, step="latest"), "ten")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ OUT = flags.DEFINE_string("out", "alexnet.stablehlo", "The .stablehlo file; a .j
 shared.define_network(batches=False)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+MOST_BYTES = 2_000_000_000  # of the parameters; flatbuffers end at 2 GiB
 
 
 def main(_) -> None:
@@ -58,8 +59,13 @@ def main(_) -> None:
 
 
 def exported(network: Predictor, views: str) -> export.Exported:
-    """The program of a network: (b, S, S, 3) uint8 images to (b, classes) float32 probabilities, for any b."""
-    config = network.config
+    """The program of a network: (b, S, S, 3) uint8 images to (b, classes) float32 probabilities, for any b.
+
+    Raises:
+      UserError: it is too large.
+    """
+    config, size = network.config, sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
+    require(size < MOST_BYTES, f"The parameters take {size / 1e9:.1f} GB, and a file of jax.export holds 2 GB at most.")
     probabilities = evaluate.probabilities(
         update.build_network(config), network.records.mean_image, config.input, views
     )
