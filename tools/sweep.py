@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         for run in runs:
             print("#" * run.finished + shlex.join(run.command))
         return 0
+    exits.outlive_readers()
     with workdirs.lock(workdir), exits.StopSignal() as stop:
         failed = Progress(sweep, runs, workdir).run(stop)
     if stop.code:
