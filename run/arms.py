@@ -107,11 +107,11 @@ def runs_of(
 
     Args:
       arms: their names; () for all.
-      overrides: '--config.FIELD=VALUE …', which win over those of the sweep.
+      overrides: '--config.FIELD=VALUE …', which win over those of the whole sweep.
       flags: others of main.py.
 
     Raises:
-      UserError: there is no such arm, or an override gives the seed.
+      UserError: there is no such arm, or an override gives the seed or a field that an arm sets.
     """
     for arm in sweep.arms:
         require(re.fullmatch(r"[\w.-]+", arm), f"The arm {arm!r} must be a name of letters, digits, '-', '_' and '.'.")
@@ -119,6 +119,10 @@ def runs_of(
         require(arm in sweep.arms, f"--arms={arm}: there is no such arm, {nearest(arm, sweep.arms)}")
     if any(override.startswith("--config.seed=") for override in overrides):
         raise UserError("--config.seed cannot be given: the sweep sets it, --seeds says which.")
+    for name, arm in sweep.arms.items():
+        for field in arm.overrides if name in arms or not arms else ():
+            given = any(override.startswith(f"--config.{field}=") for override in overrides)
+            require(not given, f"--config.{field} cannot be given: the arm {name} sets it.")
     return [
         ArmRun(
             name,
