@@ -28,6 +28,7 @@ class ArmRun:
       arm, seed, workdir: which, and its folder.
       flags: what follows main.py and --workdir.
       process: while it is under way.
+      said: the length of log.txt when it was last started, in bytes.
     """
 
     arm: str
@@ -35,6 +36,7 @@ class ArmRun:
     workdir: pathlib.Path
     flags: tuple[str, ...]
     process: subprocess.Popen | None = None
+    said: int = 0
 
     @property
     def name(self) -> str:
@@ -68,6 +70,7 @@ class ArmRun:
         files.folder(self.workdir)
         self._write(finished=False)
         with (self.workdir / "log.txt").open("ab") as log:
+            self.said = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 cwd=ROOT,
@@ -86,7 +89,7 @@ class ArmRun:
 
     def failure(self) -> str:
         """The sentence with which it ended, or its exit code."""
-        said = (self.workdir / "log.txt").read_text(errors="replace")
+        said = (self.workdir / "log.txt").read_bytes()[self.said :].decode(errors="replace")
         errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
         return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.workdir / 'log.txt'}"
 
