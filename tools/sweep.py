@@ -163,7 +163,7 @@ class Progress:
         try:
             config = json.loads((run.workdir / "config.json").read_text())
             return arms.fraction(run.lines(), config)
-        except (OSError, ValueError, LookupError):
+        except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):  # the run will say what is damaged
             return 0.0
 
     def _left(self):
@@ -172,7 +172,7 @@ class Progress:
         since = sum(done[name] - before for name, before in self._already.items() if name not in self._failed)
         open_runs = [run for run in self._runs if run.name not in self._failed]
         rest = sum(1 - done[run.name] for run in open_runs)
-        if not since:
+        if since <= 0:  # a run that goes on from its last checkpoint has fewer steps than before
             return "time left unknown"
         minutes = rest / since * (time.monotonic() - self._begun) / 60
         return f"some {minutes:,.0f} minutes left" if minutes < 120 else f"some {minutes / 60:,.1f} hours left"
