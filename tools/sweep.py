@@ -108,17 +108,24 @@ class Progress:
 
     def _start(self, run):
         self._already[run.name] = self._fraction(run)
-        run.start()
+        try:
+            run.start()
+        except UserError as error:  # its folder cannot be written
+            self._fail(run, str(error))
+            return
         self._under_way.append(run)
         self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}")
+
+    def _fail(self, run, reason):
+        self._failed[run.name] = reason
+        self._say(f"{run.name} failed: {reason}")
 
     def _collect(self):
         """Takes out the runs that have ended, and renews the results."""
         for run in [run for run in self._under_way if run.ended()]:
             self._under_way.remove(run)
             if run.process.returncode:
-                self._failed[run.name] = run.failure()
-                self._say(f"{run.name} failed: {self._failed[run.name]}")
+                self._fail(run, run.failure())
             else:
                 self._write()
                 self._say(f"{run.name} is finished; {self._left()}")
