@@ -117,7 +117,10 @@ def runs_of(
       UserError: there is no such arm, or an override gives the seed or a field that an arm sets.
     """
     for arm in sweep.arms:
-        require(re.fullmatch(r"[\w.-]+", arm), f"The arm {arm!r} must be a name of letters, digits, '-', '_' and '.'.")
+        named = re.fullmatch(r"\w[\w.-]*", arm)  # of a folder in the workdir, so not '..'
+        require(
+            named, f"The arm {arm!r} must be a name of letters, digits, '-', '_' and '.', and begin with no '.' or '-'."
+        )
     for arm in arms:
         require(arm in sweep.arms, f"--arms={arm}: there is no such arm, {nearest(arm, sweep.arms)}")
     if any(override.startswith("--config.seed=") for override in overrides):

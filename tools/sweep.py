@@ -68,6 +68,10 @@ def _load(overrides: list[str]) -> Sweep:
         fits = all(seed.isdecimal() for seed in SEEDS.value)
         require(fits, f"--seeds={','.join(SEEDS.value)} must be numbers, such as 0,1,2.")
         sweep = dataclasses.replace(sweep, seeds=tuple(map(int, SEEDS.value)))
+    require(len(set(sweep.seeds)) == len(sweep.seeds), f"The seeds {shown(sweep.seeds)} have one twice.")
+    require(sweep.arms, f"--sweep={SWEEP.value} has no arms.")
+    for override in overrides:
+        require("=" in override, f"{override} has no value; an override is --config.FIELD=VALUE.")
     known = dict(cli.field_names(cli.load_config(sweep.config)))
     for arm in sweep.arms.values():
         given = [arms.override(field, value) for field, value in (sweep.overrides | arm.overrides).items()]
