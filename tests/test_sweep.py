@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -112,6 +113,8 @@ sweep.SECONDS = 0.05
 cli.run(sweep.main, passes="--config.")
 """
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+
 
 @pytest.fixture
 def command(tmp_path):
@@ -126,7 +129,7 @@ def start(command, *flags):
     return subprocess.Popen(
         [*command, *flags],
         cwd=runs.ROOT,
-        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -162,6 +165,41 @@ def test_a_failed_arm_stops_no_other_and_finished_runs_stay(command, tmp_path):
     finish(command, "--arms=last", "--seeds=7", "--config.input.scale=0.02", expect=0)
     flags = json.loads((tmp_path / "w/last/seed-7/command.json").read_text())["flags"]
     assert flags[-2:] == ["--config.input.scale=0.02", "--config.seed=7"]
+
+
+def test_a_failure_has_the_sentence_of_its_own_start(command, tmp_path):
+    folder = tmp_path / "w/base/seed-0"
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("error: of an earlier start.\n")
+    (folder / "metrics.jsonl").mkdir()  # the stand-in ends with a traceback
+    _, err = finish(command, "--arms=base", "--seeds=0", expect=2)
+    assert re.search("base/seed-0 .exit code 1, see ", runs.sentence(err)), err
+
+
+@pytest.mark.parametrize("content", ["[]", '{"num_steps": 0, "num_epochs": 0}', '{"num_steps": "4"}', "\0"])
+def test_a_damaged_config_stops_no_sweep(command, tmp_path, content):
+    folder = tmp_path / "w/base/seed-0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(content)
+    (folder / "metrics.jsonl").write_text(json.dumps(lines(0.5)[0]) + "\n")
+    finish(command, "--arms=base", "--seeds=0", expect=0)
+
+
+def test_a_folder_that_cannot_be_written_stops_no_other_arm(command, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/base").touch()
+    _, err = finish(command, "--arms=base,last", "--seeds=0", expect=2)
+    assert "1 of 2 runs failed: base/seed-0" in runs.sentence(err) and "Not a directory" in runs.sentence(err)
+    assert counts(tmp_path) == {"last/seed-0": 5}
+
+
+def test_it_outlives_the_readers_of_its_output(command, tmp_path):
+    with pathlib.Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [*command, "--arms=base,last"], cwd=runs.ROOT, env=ENVIRONMENT, stdout=full, stderr=full
+        )
+    assert process.wait(timeout=120) == 0
+    assert len(counts(tmp_path)) == 4
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(command, tmp_path):
@@ -200,8 +238,11 @@ def test_the_same_command_goes_on_after_a_signal(command, tmp_path, number):
     [
         (["--arms=bsae"], "--arms=bsae: there is no such arm, did you mean base"),
         (["--seeds=a"], "--seeds=a must be numbers"),
+        (["--seeds=1,0,1"], r"The seeds \(1, 0, 1\) have one twice"),
+        (["--config.num_steps"], "--config.num_steps has no value"),
         (["--config.model.lnr=False"], r"has no field 'model.lnr'; did you mean model.lrn"),
         (["--config.seed=3"], "the sweep sets it"),
+        (["--config.model.lrn_k=2.0"], "--config.model.lrn_k cannot be given: the arm last sets it"),
         (["--sweep=absent.py"], "--sweep=absent.py cannot be loaded"),
         (["--sweep=configs/demo.py"], "has no function get_sweep"),
         (["stray"], "'stray' is no flag"),
@@ -211,6 +252,16 @@ def test_mistakes_end_in_a_sentence(command, tmp_path, flags, sentence):
     _, err = finish(command, *flags, expect=2)
     assert re.search(sentence, runs.sentence(err)), err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [("{}", "has no arms"), ("{'..': Arm()}", "The arm '..' must be a name"), ("{'a b': Arm()}", "The arm 'a b' must")],
+)
+def test_mistakes_of_a_file_end_in_a_sentence(command, tmp_path, arms, sentence):
+    (tmp_path / "file.py").write_text(FILE.replace('Sweep("configs/demo.py", arms', f'Sweep("configs/demo.py", {arms}'))
+    _, err = finish(command, expect=2)
+    assert sentence in runs.sentence(err)
 
 
 @pytest.mark.slow
