@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class ArmRun:
     Attributes:
       arm, seed, workdir: which, and its folder.
       flags: what follows main.py and --workdir.
+      recipe: a checksum of the recipe without overrides.
       process: while it is under way.
       said: the length of log.txt when it was last started, in bytes.
     """
@@ -35,6 +37,7 @@ class ArmRun:
     seed: int
     workdir: pathlib.Path
     flags: tuple[str, ...]
+    recipe: int
     process: subprocess.Popen | None = None
     said: int = 0
 
@@ -50,10 +53,9 @@ class ArmRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the same command has come to its end."""
+        """Whether the same command, with the recipe as it is, has come to its end."""
         try:
-            stored = json.loads((self.workdir / "command.json").read_text())
-            return stored == {"flags": list(self.flags), "finished": True}
+            return json.loads((self.workdir / "command.json").read_text()) == self._command(finished=True)
         except (OSError, ValueError):
             return False
 
@@ -95,7 +97,10 @@ class ArmRun:
 
     def _write(self, finished: bool) -> None:
         with files.replacing(self.workdir / "command.json") as partial:
-            partial.write_text(json.dumps({"flags": self.flags, "finished": finished}, indent=2) + "\n")
+            partial.write_text(json.dumps(self._command(finished), indent=2) + "\n")
+
+    def _command(self, finished: bool) -> dict[str, Any]:
+        return {"flags": list(self.flags), "recipe": self.recipe, "finished": finished}
 
 
 def _end_with_parent() -> None:
@@ -104,12 +109,19 @@ def _end_with_parent() -> None:
 
 
 def runs_of(
-    sweep: Sweep, workdir: pathlib.Path, *, arms: Sequence[str], overrides: Sequence[str], flags: Sequence[str]
+    sweep: Sweep,
+    workdir: pathlib.Path,
+    *,
+    recipe: Mapping[str, Any],
+    arms: Sequence[str],
+    overrides: Sequence[str],
+    flags: Sequence[str],
 ) -> list[ArmRun]:
-    """The runs, all arms with the first seed before those with the second.
+    """The runs of all arms, those with the first seed before those with the second.
 
     Args:
-      arms: their names; () for all.
+      recipe: the config without overrides.
+      arms: the names of those that will run; () for all.
       overrides: '--config.FIELD=VALUE …', which win over those of the whole sweep.
       flags: others of main.py.
 
@@ -129,6 +141,7 @@ def runs_of(
         for field in arm.overrides if name in arms or not arms else ():
             given = any(override.startswith(f"--config.{field}=") for override in overrides)
             require(not given, f"--config.{field} cannot be given: the arm {name} sets it.")
+    checksum = zlib.crc32(json.dumps(recipe, sort_keys=True).encode())
     return [
         ArmRun(
             name,
@@ -141,10 +154,10 @@ def runs_of(
                 f"--config.seed={seed}",
                 *flags,
             ),
+            checksum,
         )
         for seed in sweep.seeds
         for name, arm in sweep.arms.items()
-        if name in arms or not arms
     ]
 
 

@@ -134,6 +134,7 @@ def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
         for row in found:
             if row.measure is measure:
                 overrides = " ".join(f"`{field}={value}`" for field, value in sweep.arms[row.arm].overrides.items())
+                overrides = overrides.replace("|", "\\|")
                 cells = [row.arm, str(len(row.values)), *cells_of(row), overrides]
                 lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))

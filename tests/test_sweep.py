@@ -162,6 +162,8 @@ def test_a_failed_arm_stops_no_other_and_finished_runs_stay(command, tmp_path):
     _, err = finish(command, "--arms=base,last", expect=0)
     assert "starts" not in err
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    finish(command, "--arms=base", expect=0)
+    assert (tmp_path / "w/results.md").read_text().count("| 2 |") == 2, "the other arm has left the table"
     finish(command, "--arms=last", "--seeds=7", "--config.input.scale=0.02", expect=0)
     flags = json.loads((tmp_path / "w/last/seed-7/command.json").read_text())["flags"]
     assert flags[-2:] == ["--config.input.scale=0.02", "--config.seed=7"]
@@ -200,6 +202,32 @@ def test_it_outlives_the_readers_of_its_output(command, tmp_path):
         )
     assert process.wait(timeout=120) == 0
     assert len(counts(tmp_path)) == 4
+
+
+def test_runs_of_another_recipe_are_not_finished(command, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text((runs.ROOT / "configs/demo.py").read_text())
+    (tmp_path / "file.py").write_text(FILE.replace("configs/demo.py", str(recipe)))
+    given = ["--arms=base", "--seeds=0"]
+    finish(command, *given, expect=0)
+    recipe.write_text(recipe.read_text().replace("config.batch_size", "config.eval_batch_size"))
+    _, err = finish(command, *given, expect=0)
+    assert "base/seed-0 goes on" in err or "base/seed-0 starts" in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"base": Arm()', '"base": {}', "arms must be Arm by name"),
+        ("seeds=(0, 1)", "seeds=()", "must be numbers from 0 on"),
+        ('{"model.lrn_k": 1.0}', '{"model.lrn_k": "one"}', "model.lrn_k='one' must be a number"),
+    ],
+)
+def test_mistakes_of_a_sweep_file_end_in_a_sentence(command, tmp_path, old, new, sentence):
+    assert old in FILE
+    (tmp_path / "file.py").write_text(FILE.replace(old, new))
+    _, err = finish(command, expect=2)
+    assert re.search(sentence, runs.sentence(err)), err
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(command, tmp_path):

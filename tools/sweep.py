@@ -16,13 +16,14 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 
 from absl import flags
-from rich import console, live, table
+from rich import console, live, table, text
 
 from common import cli, exits, files
-from common.errors import UserError, require, shown
-from configs.sweeps import Sweep
+from common.errors import UserError, check_type, require, shown
+from configs.sweeps import Arm, Measure, Sweep
 from drawing import canvas, comparisons
 from run import arms, results, workdirs
 
@@ -43,39 +44,55 @@ def main(argv: list[str]) -> int:
     sweep = _load(overrides)
     workdir = workdirs.expanded(WORKDIR.value)
     devices = [f"--cpu_devices={CPU_DEVICES.value}"] if CPU_DEVICES.value else []
-    runs = arms.runs_of(sweep, workdir.resolve(), arms=ARMS.value, overrides=overrides, flags=devices)
+    runs = arms.runs_of(
+        sweep,
+        workdir.resolve(),
+        recipe=cli.load_config(sweep.config).to_dict(),
+        arms=ARMS.value,
+        overrides=overrides,
+        flags=devices,
+    )
+    chosen = [run for run in runs if run.arm in ARMS.value or not ARMS.value]
     if DRY_RUN.value:
-        for run in runs:
+        for run in chosen:
             print("#" * run.finished + shlex.join(run.command))
         return 0
     exits.outlive_readers()
     with workdirs.lock(workdir), exits.StopSignal() as stop:
-        failed = Progress(sweep, runs, workdir).run(stop)
+        failed = Progress(sweep, runs, chosen, workdir).run(stop)
     if stop.code:
         print("Stopped; the same command goes on.", file=sys.stderr)
         return stop.code
     print(f"{workdir / 'results.md'}", *sorted(workdir.glob("*.png")), sep="\n")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(chosen)} runs failed: {'; '.join(failed)}")
     return 0
 
 
 def _load(overrides: list[str]) -> Sweep:
-    """The sweep, checked with all its overrides before anything starts."""
+    """The sweep; its parts, and the fields of all overrides, are checked before anything starts."""
     sweep = cli.call_file("sweep", SWEEP.value)
     require(isinstance(sweep, Sweep), f"--sweep={SWEEP.value}: get_sweep() returns no Sweep: {shown(sweep)}.")
     if SEEDS.value:
         fits = all(seed.isdecimal() for seed in SEEDS.value)
         require(fits, f"--seeds={','.join(SEEDS.value)} must be numbers, such as 0,1,2.")
         sweep = dataclasses.replace(sweep, seeds=tuple(map(int, SEEDS.value)))
+    parts = [*sweep.arms.values(), *sweep.measures] if isinstance(sweep.arms, Mapping) else [None]
+    fits = all(isinstance(part, Arm | Measure) for part in parts) and sweep.measures
+    require(fits, f"--sweep={SWEEP.value}: arms must be Arm by name, and measures one Measure at least.")
+    fits = sweep.seeds and all(type(seed) is int and seed >= 0 for seed in sweep.seeds)
+    require(fits, f"The seeds {shown(sweep.seeds)} must be numbers from 0 on, one at least.")
     require(len(set(sweep.seeds)) == len(sweep.seeds), f"The seeds {shown(sweep.seeds)} have one twice.")
     require(sweep.arms, f"--sweep={SWEEP.value} has no arms.")
     for override in overrides:
         require("=" in override, f"{override} has no value; an override is --config.FIELD=VALUE.")
     known = dict(cli.field_names(cli.load_config(sweep.config)))
     for arm in sweep.arms.values():
-        given = [arms.override(field, value) for field, value in (sweep.overrides | arm.overrides).items()]
+        values = sweep.overrides | arm.overrides
+        given = [arms.override(field, value) for field, value in values.items()]
         cli.check_overrides([*given, *overrides], sweep.config, known)
+        for field, value in values.items():
+            check_type(field, value, type(known[field]))
     return sweep
 
 
@@ -83,13 +100,14 @@ class Progress:
     """Runs a sweep, shows how far it is, and keeps the results up to date.
 
     Args:
-      sweep, runs: what to run.
+      sweep, runs: all of it, for the results.
+      chosen: the runs to do.
       workdir: where the results go.
     """
 
-    def __init__(self, sweep: Sweep, runs: list[arms.ArmRun], workdir: pathlib.Path):
-        self._sweep, self._runs, self._workdir = sweep, runs, workdir
-        self._waiting = collections.deque(run for run in runs if not run.finished)
+    def __init__(self, sweep: Sweep, runs: list[arms.ArmRun], chosen: list[arms.ArmRun], workdir: pathlib.Path):
+        self._sweep, self._runs, self._chosen, self._workdir = sweep, runs, chosen, workdir
+        self._waiting = collections.deque(run for run in chosen if not run.finished)
         self._under_way, self._failed = [], {}
         self._begun, self._already = time.monotonic(), {}
         self._console = console.Console(file=sys.stderr)
@@ -145,20 +163,21 @@ class Progress:
     def _write(self):
         finished = {(run.arm, run.seed): run.lines() for run in self._runs if run.finished}
         found = results.rows(self._sweep, finished)
-        pictures = {}
+        pictures = {}  # of all arms, also if a few run now
         for number, measure in enumerate(self._sweep.measures, 1):
             title, drawn = results.to_draw(self._sweep, found, measure)
-            pictures[f"differences-{number}.png"] = comparisons.differences(title, drawn)
+            if drawn:
+                pictures[f"differences-{number}.png"] = comparisons.differences(title, drawn)
         if curve := self._sweep.curve:
             pictures["curve.png"] = comparisons.curves(curve, results.curves(self._sweep, finished))
         for name, figure in pictures.items():
             canvas.save(figure, self._workdir / name)
         head = f"# {pathlib.Path(self._sweep.config).stem}: {len(finished)} of {len(self._runs)} runs\n\n"
         command = shlex.join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
-        text = f"{head}`python -m tools.{command}`\n\n{results.to_markdown(self._sweep, found)}"
+        page = f"{head}`python -m tools.{command}`\n\n{results.to_markdown(self._sweep, found)}"
         for name in pictures:
-            text += f"\n![{name}]({name})\n"
-        for name, content in (("results.md", text), ("results.csv", results.to_csv(found))):
+            page += f"\n![{name}]({name})\n"
+        for name, content in (("results.md", page), ("results.csv", results.to_csv(found))):
             with files.replacing(self._workdir / name) as partial:
                 partial.write_text(content, encoding="utf-8")
 
@@ -179,9 +198,9 @@ class Progress:
 
     def _left(self):
         """The time left, from what was done since the start."""
-        done = {run.name: self._fraction(run) for run in self._runs}
+        done = {run.name: self._fraction(run) for run in self._chosen}
         since = sum(done[name] - before for name, before in self._already.items() if name not in self._failed)
-        open_runs = [run for run in self._runs if run.name not in self._failed]
+        open_runs = [run for run in self._chosen if run.name not in self._failed]
         rest = sum(1 - done[run.name] for run in open_runs)
         if since <= 0:  # a run that goes on from its last checkpoint has fewer steps than before
             return "time left unknown"
@@ -190,12 +209,12 @@ class Progress:
 
     def _table(self):
         """Arms by seeds: how far each is."""
-        shown = table.Table(title=f"{SWEEP.value}: {self._left()}", title_justify="left")
-        seeds = sorted({run.seed for run in self._runs})
+        shown = table.Table(title=text.Text(f"{SWEEP.value}: {self._left()}"), title_justify="left")
+        seeds = sorted({run.seed for run in self._chosen})
         for head in ("arm", *(f"seed {seed}" for seed in seeds)):
             shown.add_column(head)
-        cells = {(run.arm, run.seed): self._cell(run) for run in self._runs}
-        for arm in dict.fromkeys(run.arm for run in self._runs):
+        cells = {(run.arm, run.seed): self._cell(run) for run in self._chosen}
+        for arm in dict.fromkeys(run.arm for run in self._chosen):
             shown.add_row(arm, *(cells[arm, seed] for seed in seeds))
         return shown
 
