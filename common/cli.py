@@ -157,7 +157,7 @@ def load_config(name: str) -> Mapping:
 
 
 def call_file(kind: str, name: str) -> Any:
-    """What the function get_KIND of FILE or FILE:VARIANT returns, for a flag --KIND.
+    """Calls get_KIND() of a file, such as get_config(); `name` is FILE or FILE:VARIANT, the value of the flag --KIND.
 
     Raises:
       UserError: the file has a mistake; it names the line.

@@ -7,9 +7,11 @@ normalises.
 Published for Caffe's weights, centre view: 57.1 % top-1 and 80.2 % top-5 accuracy for AlexNet, 57.4 and 80.4 % for
 CaffeNet. Not measured here: neither the weights nor ImageNet have been at hand.
 
-What differs from the paper's network: views of 227 pixels without padding, no shift of k = 2 in the normalisation but
-k = 1, α divided by the size of the window, and no towers: Caffe convolves in groups of maps, and normalises across both
-groups. What differs from Caffe's recipe:
+What differs from the paper's network: views of 227 pixels without padding; in the normalisation k is 1, and α is
+divided by the size of the window; and there are no towers. Caffe convolves in groups of maps, and normalises
+across both.
+
+What differs from Caffe's recipe:
 - Photographs keep their shape: the shorter side becomes 256 pixels, and the central square is cut. Caffe's ImageNet was
   warped to 256×256.
 - The mean image under all ten views is its centre; Caffe takes the part of the mean image that lies under the view.

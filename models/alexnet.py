@@ -29,41 +29,22 @@ FEATURES = {2: (96, 256, 384, 384, 256, 4096, 4096), 1: (48, 128, 192, 192, 256,
 
 # What follows each convolution. The source's first layer normalises and pools before its ReLU, and its second has a
 # second, spatial normalisation. CaffeNet pools before it normalises.
+PAPER = {
+    "conv1": ("activate", "normalize", "pool"),
+    "conv2": ("activate", "normalize", "pool"),
+    "conv3": ("activate",),
+    "conv4": ("activate",),
+    "conv5": ("activate", "pool"),
+}
 ORDERS = {
-    "paper": {
-        "conv1": ("activate", "normalize", "pool"),
-        "conv2": ("activate", "normalize", "pool"),
-        "conv3": ("activate",),
-        "conv4": ("activate",),
-        "conv5": ("activate", "pool"),
-    },
-    "caffenet": {
-        "conv1": ("activate", "pool", "normalize"),
-        "conv2": ("activate", "pool", "normalize"),
-        "conv3": ("activate",),
-        "conv4": ("activate",),
-        "conv5": ("activate", "pool"),
-    },
-    "no_lrn2": {
-        "conv1": ("activate", "normalize", "pool"),
-        "conv2": ("activate", "pool"),
-        "conv3": ("activate",),
-        "conv4": ("activate",),
-        "conv5": ("activate", "pool"),
-    },
-    "lrn2_first": {
-        "conv1": ("activate", "normalize", "pool"),
-        "conv2": ("normalize", "activate", "pool"),
-        "conv3": ("activate",),
-        "conv4": ("activate",),
-        "conv5": ("activate", "pool"),
-    },
-    "2012": {
+    "paper": PAPER,
+    "caffenet": PAPER | dict.fromkeys(("conv1", "conv2"), ("activate", "pool", "normalize")),
+    "no_lrn2": PAPER | {"conv2": ("activate", "pool")},
+    "lrn2_first": PAPER | {"conv2": ("normalize", "activate", "pool")},
+    "2012": PAPER
+    | {
         "conv1": ("normalize", "pool", "activate"),
         "conv2": ("activate", "normalize", "normalize_spatially", "pool"),
-        "conv3": ("activate",),
-        "conv4": ("activate",),
-        "conv5": ("activate", "pool"),
     },
 }
 

@@ -218,8 +218,8 @@ def max_pool_and_places(x, *, window, stride):
 
 
 def softmax(logits):
-    """Example by example. With sums over the classes behind them, XLA makes one slow function of all fully-connected
-    layers, for a batch of five to eight.
+    """Example by example: XLA joins the fully-connected layers and a softmax of the whole batch into one slow function,
+    for batches of five to eight.
     """
     return lax.map(jax.nn.softmax, logits)
 

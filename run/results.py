@@ -142,7 +142,7 @@ def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
 
 
 def cells_of(row: Row) -> tuple[str, str, str]:
-    """The mean, the difference from the base and the published difference, for a reader; '–' for what is missing."""
+    """The mean, the difference from the base and the published difference as text; '–' where there is none."""
     scale, digits = (100, 1) if row.measure.percent else (1, 2)
 
     def number(value, sign=""):

@@ -100,7 +100,7 @@ class Progress:
     """Runs a sweep, shows how far it is, and keeps the results up to date.
 
     Args:
-      sweep, runs: all of it, for the results.
+      sweep, runs: the whole sweep, which the results are about.
       chosen: the runs to do.
       workdir: where the results go.
     """

@@ -1,4 +1,4 @@
-"""The paper's claims about its network, each a short override of one recipe, on Caltech-101.
+"""Claims of the paper about its network, each a short override of one recipe, on Caltech-101.
 
     python -m tools.sweep --sweep=configs/sweeps/claims.py --workdir=runs/claims
 
