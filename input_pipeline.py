@@ -233,6 +233,7 @@ def _batches(
     threads = num_threads or host.cores()
     settings = tf.data.Options()
     settings.deterministic = True
+    settings.autotune.enabled = False
     settings.threading.private_threadpool_size = threads
     read = tf.data.Dataset.from_generator(chunks, output_signature=signature)
     # Parsed a batch at a time and viewed a group at a time, because each call costs microseconds.
