@@ -2,14 +2,16 @@
 
 import ctypes
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from common import files
@@ -21,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class ArmRun:
     """A run of main.py: one arm with one seed.
 
@@ -63,8 +65,8 @@ class ArmRun:
         """The metrics so far."""
         return metrics.read_lines(self.workdir / "metrics.jsonl")
 
-    def start(self) -> None:
-        """Begins, or goes on; what it says goes to log.txt.
+    def start(self, cores: Collection[int]) -> None:
+        """Begins, or goes on, on these CPU cores; what it says goes to log.txt.
 
         The process has a session of its own, so that Ctrl-C reaches the sweep alone. It is asked to save and end when
         the sweep ends in any way.
@@ -80,7 +82,7 @@ class ArmRun:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_prepare, cores),
             )
 
     def ended(self) -> bool:
@@ -103,9 +105,16 @@ class ArmRun:
         return {"flags": list(self.flags), "recipe": self.recipe, "finished": finished}
 
 
-def _end_with_parent() -> None:
+def _prepare(cores):
     if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def shares(jobs: int) -> list[set[int]]:
+    """The CPU cores of each of so many runs at once: its own, if there are enough, because runs on the same cores wait."""
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    return [set(cores[job::jobs] if len(cores) >= jobs else cores) for job in range(jobs)]
 
 
 def runs_of(

@@ -108,7 +108,8 @@ class Progress:
     def __init__(self, sweep: Sweep, runs: list[arms.ArmRun], chosen: list[arms.ArmRun], workdir: pathlib.Path):
         self._sweep, self._runs, self._chosen, self._workdir = sweep, runs, chosen, workdir
         self._waiting = collections.deque(run for run in chosen if not run.finished)
-        self._under_way, self._failed = [], {}
+        self._under_way, self._failed = {}, {}  # the runs and their cores; names and reasons
+        self._free = arms.shares(JOBS.value)
         self._begun, self._already = time.monotonic(), {}
         self._console = console.Console(file=sys.stderr)
 
@@ -118,7 +119,7 @@ class Progress:
         with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
             try:
                 while (self._waiting or self._under_way) and not stop.code:
-                    while self._waiting and len(self._under_way) < JOBS.value:
+                    while self._waiting and self._free:
                         self._start(self._waiting.popleft())
                     if self._console.is_terminal:
                         shown.update(self._table(), refresh=True)
@@ -131,11 +132,11 @@ class Progress:
     def _start(self, run):
         self._already[run.name] = self._fraction(run)
         try:
-            run.start()
+            run.start(self._free[-1])
         except UserError as error:  # its folder cannot be written
             self._fail(run, str(error))
             return
-        self._under_way.append(run)
+        self._under_way[run] = self._free.pop()
         self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}")
 
     def _fail(self, run, reason):
@@ -145,7 +146,7 @@ class Progress:
     def _collect(self):
         """Takes out the runs that have ended, and renews the results."""
         for run in [run for run in self._under_way if run.ended()]:
-            self._under_way.remove(run)
+            self._free.append(self._under_way.pop(run))
             if run.process.returncode:
                 self._fail(run, run.failure())
             else:
