@@ -32,7 +32,7 @@ def define_config() -> flags.FlagHolder:
         _fail(f"--flagfile cannot be read: {error}")
 
 
-def run(main: Callable[[list[str]], int | None], takes: str = "", passes: str = "") -> None:
+def run(main: Callable[[list[str]], int | None], takes: str = "", passes: tuple[str, ...] = ()) -> None:
     """Parses the flags, calls `main(argv)`, and ends the process; see `exits` for the codes.
 
     A `UserError`, and an `OSError` with a reason, end in one sentence. `--help` prints the docstring of the program's
@@ -52,7 +52,7 @@ def run(main: Callable[[list[str]], int | None], takes: str = "", passes: str = 
             if stream:  # None if it was closed
                 stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
-            stray = [argument for argument in argv[1:] if not (passes and argument.startswith(passes))]
+            stray = [argument for argument in argv[1:] if not argument.startswith(passes)]
             if stray and not takes:
                 raise UserError(f"{stray[0]!r} is no flag; options begin with two dashes.")
             code = main(argv)
@@ -110,10 +110,10 @@ def _without_tensorstore(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(passes: str, argv: list[str]) -> list[str]:
+def _parse(passes: tuple[str, ...], argv: list[str]) -> list[str]:
     """Parses flags; any mistake in them or in the config's file ends in a sentence."""
     known = {}
-    passed = [argument for argument in argv if passes and argument.startswith(passes)]
+    passed = [argument for argument in argv if argument.startswith(passes)]
     argv = [argument for argument in argv if argument not in passed]
     try:
         if "config" in flags.FLAGS and (name := _config_flag(argv)) is not None:

@@ -1,17 +1,12 @@
-"""The runs of a sweep: their commands, what they have done, and processes that end with the sweep."""
+"""The runs of a sweep: their commands, and what they have done."""
 
-import ctypes
 import dataclasses
-import functools
 import json
-import os
 import pathlib
 import re
-import signal
-import subprocess
 import sys
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import files
@@ -20,7 +15,6 @@ from configs.sweeps import Lines, Sweep
 from run import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,8 +25,8 @@ class ArmRun:
       arm, seed, workdir: which, and its folder.
       flags: what follows main.py and --workdir.
       recipe: a checksum of the recipe without overrides.
-      process: while it is under way.
-      said: the length of log.txt when it was last started, in bytes.
+      process: once it was started; see `launchers`.
+      said: the length of its log when it was last started, in bytes.
     """
 
     arm: str
@@ -40,7 +34,7 @@ class ArmRun:
     workdir: pathlib.Path
     flags: tuple[str, ...]
     recipe: int
-    process: subprocess.Popen | None = None
+    process: Any = None
     said: int = 0
 
     @property
@@ -65,25 +59,17 @@ class ArmRun:
         """The metrics so far."""
         return metrics.read_lines(self.workdir / "metrics.jsonl")
 
-    def start(self, cores: Collection[int]) -> None:
-        """Begins, or goes on, on these CPU cores; what it says goes to log.txt.
+    @property
+    def log(self) -> pathlib.Path:
+        """The file with what it says."""
+        return self.workdir / "log.txt"
 
-        The process has a session of its own, so that Ctrl-C reaches the sweep alone. It is asked to save and end when
-        the sweep ends in any way.
-        """
+    def start(self, launcher: Any) -> None:
+        """Begins, or goes on; raises `UserError` if it cannot."""
         files.folder(self.workdir)
         self._write(finished=False)
-        with (self.workdir / "log.txt").open("ab") as log:
-            self.said = log.tell()
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=functools.partial(_prepare, cores),
-            )
+        self.said = self.log.stat().st_size if self.log.exists() else 0
+        self.process = launcher.start(self)
 
     def ended(self) -> bool:
         """Whether the process is over; notes its success."""
@@ -93,9 +79,9 @@ class ArmRun:
 
     def failure(self) -> str:
         """The sentence with which it ended, or its exit code."""
-        said = (self.workdir / "log.txt").read_bytes()[self.said :].decode(errors="replace")
+        said = self.log.read_bytes()[self.said :].decode(errors="replace")
         errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
-        return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.workdir / 'log.txt'}"
+        return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.log}"
 
     def _write(self, finished: bool) -> None:
         with files.replacing(self.workdir / "command.json") as partial:
@@ -103,18 +89,6 @@ class ArmRun:
 
     def _command(self, finished: bool) -> dict[str, Any]:
         return {"flags": list(self.flags), "recipe": self.recipe, "finished": finished}
-
-
-def _prepare(cores):
-    if sys.platform == "linux":
-        os.sched_setaffinity(0, cores)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def shares(jobs: int) -> list[set[int]]:
-    """The CPU cores of each of so many runs at once: its own, if there are enough, because runs on the same cores wait."""
-    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-    return [set(cores[job::jobs] if len(cores) >= jobs else cores) for job in range(jobs)]
 
 
 def runs_of(

@@ -110,7 +110,7 @@ arms.ArmRun.command = property(lambda run: [sys.executable, "STAND_IN", *run.fla
 from common import cli
 from tools import sweep
 sweep.SECONDS = 0.05
-cli.run(sweep.main, passes="--config.")
+cli.run(sweep.main, passes=("--config.", "--slurm."))
 """
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(runs.ROOT)}

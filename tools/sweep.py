@@ -7,6 +7,11 @@ results.csv and pictures: means over the seeds, and differences from the first a
 Overrides such as --config.dataset.name=imagenet2012 hold for all arms. The same command goes on with a sweep that was
 stopped: finished runs are left as they are, and others continue from their last checkpoint. A run that fails stops no
 other, and is reported at the end.
+
+In a SLURM cluster, --launcher=slurm puts the runs into the queue as jobs. --slurm.OPTION=VALUE is an option of sbatch,
+such as --slurm.partition=gpu --slurm.gpus=2 --slurm.time=8:00:00. A job that is preempted, or reaches its time limit,
+saves and goes back into the queue. Ctrl-C takes the jobs out of it. If the sweep is killed they stay, and the same
+command takes them up.
 """
 
 import collections
@@ -25,11 +30,12 @@ from common import cli, exits, files
 from common.errors import UserError, check_type, require, shown
 from configs.sweeps import Arm, Measure, Sweep
 from drawing import canvas, comparisons
-from run import arms, results, workdirs
+from run import arms, launchers, results, workdirs
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep, FILE or FILE:VARIANT.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
-JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
+JOBS = flags.DEFINE_integer("jobs", 0, "Runs at once; 0 is one here, and all in a cluster.", lower_bound=0)
+LAUNCHER = flags.DEFINE_enum("launcher", "here", ["here", "slurm"], "Run here, or as jobs of a SLURM cluster.")
 ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the sweep's, with commas between them.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
@@ -40,8 +46,10 @@ SECONDS = 2.0  # between looks at the runs
 
 def main(argv: list[str]) -> int:
     """Runs what is not finished."""
-    _, *overrides = argv
+    slurm = [argument for argument in argv[1:] if argument.startswith("--slurm.")]
+    overrides = [argument for argument in argv[1:] if argument not in slurm]
     sweep = _load(overrides)
+    launcher = _launcher(slurm)
     workdir = workdirs.expanded(WORKDIR.value)
     devices = [f"--cpu_devices={CPU_DEVICES.value}"] if CPU_DEVICES.value else []
     runs = arms.runs_of(
@@ -59,7 +67,7 @@ def main(argv: list[str]) -> int:
         return 0
     exits.outlive_readers()
     with workdirs.lock(workdir), exits.StopSignal() as stop:
-        failed = Progress(sweep, runs, chosen, workdir).run(stop)
+        failed = Progress(sweep, runs, chosen, workdir, launcher).run(stop)
     if stop.code:
         print("Stopped; the same command goes on.", file=sys.stderr)
         return stop.code
@@ -67,6 +75,17 @@ def main(argv: list[str]) -> int:
     if failed:
         raise UserError(f"{len(failed)} of {len(chosen)} runs failed: {'; '.join(failed)}")
     return 0
+
+
+def _launcher(given: list[str]) -> launchers.Here | launchers.Slurm:
+    """What starts the runs; `given` are the flags --slurm.OPTION=VALUE."""
+    if LAUNCHER.value == "here":
+        require(not given, f"{given and given[0]} needs --launcher=slurm.")
+        return launchers.Here(JOBS.value or 1)
+    require(not CPU_DEVICES.value, "--cpu_devices simulates devices here; it does not go with --launcher=slurm.")
+    for argument in given:
+        require("=" in argument, f"{argument} has no value; an option of sbatch is --slurm.OPTION=VALUE.")
+    return launchers.Slurm(JOBS.value, dict(argument.removeprefix("--slurm.").split("=", 1) for argument in given))
 
 
 def _load(overrides: list[str]) -> Sweep:
@@ -103,13 +122,15 @@ class Progress:
       sweep, runs: the whole sweep, which the results are about.
       chosen: the runs to do.
       workdir: where the results go.
+      launcher: starts them; see `run.launchers`.
     """
 
-    def __init__(self, sweep: Sweep, runs: list[arms.ArmRun], chosen: list[arms.ArmRun], workdir: pathlib.Path):
-        self._sweep, self._runs, self._chosen, self._workdir = sweep, runs, chosen, workdir
+    def __init__(
+        self, sweep: Sweep, runs: list[arms.ArmRun], chosen: list[arms.ArmRun], workdir: pathlib.Path, launcher
+    ):
+        self._sweep, self._runs, self._chosen, self._workdir, self._launcher = sweep, runs, chosen, workdir, launcher
         self._waiting = collections.deque(run for run in chosen if not run.finished)
-        self._under_way, self._failed = {}, {}  # the runs and their cores; names and reasons
-        self._free = arms.shares(JOBS.value)
+        self._under_way, self._failed = [], {}
         self._begun, self._already = time.monotonic(), {}
         self._console = console.Console(file=sys.stderr)
 
@@ -119,7 +140,7 @@ class Progress:
         with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
             try:
                 while (self._waiting or self._under_way) and not stop.code:
-                    while self._waiting and self._free:
+                    while self._waiting and self._launcher.has_room():
                         self._start(self._waiting.popleft())
                     if self._console.is_terminal:
                         shown.update(self._table(), refresh=True)
@@ -132,11 +153,11 @@ class Progress:
     def _start(self, run):
         self._already[run.name] = self._fraction(run)
         try:
-            run.start(self._free[-1])
+            run.start(self._launcher)
         except UserError as error:  # its folder cannot be written
             self._fail(run, str(error))
             return
-        self._under_way[run] = self._free.pop()
+        self._under_way.append(run)
         self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}")
 
     def _fail(self, run, reason):
@@ -146,7 +167,7 @@ class Progress:
     def _collect(self):
         """Takes out the runs that have ended, and renews the results."""
         for run in [run for run in self._under_way if run.ended()]:
-            self._free.append(self._under_way.pop(run))
+            self._under_way.remove(run)
             if run.process.returncode:
                 self._fail(run, run.failure())
             else:
@@ -229,4 +250,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    cli.run(main, passes="--config.")
+    cli.run(main, passes=("--config.", "--slurm."))

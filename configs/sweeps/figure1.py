@@ -7,8 +7,8 @@ The rate of each activation is the best of TRIED by the training error in the th
 sweep itself trains with these RATES. Nothing regularises. The training error of an epoch is the mean over its batches
 while it trains, and the epochs until it is at most 25 % are counted to a quarter of an epoch.
 
-Published: ReLU reaches 25 % six times as fast as tanh; the paper has no sigmoid. `configs/cifar10.py` says which network
-this is.
+Published: ReLU reaches 25 % six times as fast as tanh; the paper has no sigmoid. `configs/cifar10.py` describes the
+network.
 """
 
 from configs import base
