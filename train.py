@@ -269,7 +269,7 @@ class Trainer:
         self.recorder.say(f"Stopped by {name}: step {self.step} is saved, and the same command goes on from there.")
 
     def finish(self) -> None:
-        """Ends the run: the ten views of the best checkpoint, unless that was done, and what to do next."""
+        """Ends the run: the errors of the best checkpoint, unless that was done, and what to do next."""
         run = self.run
         tested, best, state = {}, self.step, None
         if run.checkpoints:
@@ -286,8 +286,10 @@ class Trainer:
             params = self.state.params
             if best != self.step:
                 params = run.layout.shard(processes.from_first((state or setup.blank(run.shapes)).params))
-            errors = self.errors(params, workdirs.test_split(run.config), "ten", best)
-            values = {f"test/{name}": value for name, value in errors.items()} | {"test/step": best}
+            split = workdirs.test_split(run.config)
+            ten, centre = (self.errors(params, split, which, best) for which in ("ten", "centre"))
+            values = {f"test/{name}": value for name, value in ten.items()} | {"test/step": best}
+            values |= {f"test/centre_{name}": value for name, value in centre.items()}
             self.recorder.write(self.step, self.epoch, values)
             self.recorder.hparams(run.config.to_dict())
         self.recorder.say(report.farewell(run, self.step, values))

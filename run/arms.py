@@ -141,6 +141,7 @@ def runs_of(
         )
         for seed in sweep.seeds
         for name, arm in sweep.arms.items()
+        if not arm.reads
     ]
 
 

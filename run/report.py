@@ -25,7 +25,7 @@ def greeting(run: Run, step: int, resumed: bool) -> str:
 
 
 def farewell(run: Run, step: int, values: dict[str, float]) -> str:
-    """The ten-view errors of the best checkpoint, where everything lies, and what to type next.
+    """The errors of the best checkpoint, where everything lies, and what to type next.
 
     Args:
       step: the last step.
@@ -36,13 +36,16 @@ def farewell(run: Run, step: int, values: dict[str, float]) -> str:
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
     split = workdirs.test_split(run.config)
     top5 = f"top-5 error {values['test/top5_error']:.2%}, " if run.records.num_classes > 5 else ""  # else it is 0
+    centre = ""
+    if "test/centre_top1_error" in values:  # earlier versions did not measure it
+        centre = f"With the centre view alone, the top-1 error is {values['test/centre_top1_error']:.2%}.\n"
     chosen_on = "on the same images, which makes these errors look a little too low; dataset.test_split can name others"
     if split != run.config.dataset.eval_split:
         chosen_on = f"on eval_split={run.config.dataset.eval_split!r}"
     return f"""
 Done: {step} steps, {epoch:.1f} epochs. Ten views of {split!r}, with the best checkpoint (step {values["test/step"]}):
 top-1 error {values["test/top1_error"]:.2%}, {top5}mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
-The checkpoint was chosen {chosen_on}.
+{centre}The checkpoint was chosen {chosen_on}.
 
 metrics           {run.workdir / "metrics.jsonl"}
 checkpoints       {run.workdir / "checkpoints"}

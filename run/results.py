@@ -47,11 +47,11 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
     base, *_ = sweep.arms
     found = []
     for measure in sweep.measures:
-        values = {name: {} for name in sweep.arms}
-        for (name, seed), lines in sorted(finished.items()):
-            value = measure.read(lines)
-            if name in values and value is not None:
-                values[name][seed] = value
+        values = {}
+        for name, arm in sweep.arms.items():
+            read, trained = arm.reads.get(measure.name, measure.read), base if arm.reads else name
+            found_in = {seed: read(lines) for (of, seed), lines in sorted(finished.items()) if of == trained}
+            values[name] = {seed: value for seed, value in found_in.items() if value is not None}
         for name, arm in sweep.arms.items():
             pairs = [value - values[base][seed] for seed, value in values[name].items() if seed in values[base]]
             mean, deviation = _spread(list(values[name].values()))

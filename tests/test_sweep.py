@@ -1,6 +1,7 @@
 """Sweeps: what they compute of finished runs, and that they survive failures, signals and kills."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import models
 import runs
 from common import cli
 from configs.sweeps import Arm, Measure, Sweep, claims, epochs_to, last
-from run import results
+from run import arms, results
 
 BOUND = Measure("error", last("test/top1_error"))
 
@@ -50,6 +51,15 @@ def test_differences_are_those_of_a_paired_test():
     assert float(written["low"]) == pytest.approx(test.low) and written["values"].startswith("0:")
 
 
+def test_an_arm_that_reads_another_metric_takes_the_runs_of_the_base():
+    found = dataclasses.replace(sweep(), arms={"base": Arm(), "centre": Arm(reads={"error": last("centre")})})
+    finished = {("base", seed): [{"test/top1_error": 0.5, "centre": 0.6 + seed / 100}] for seed in range(2)}
+    _, row = results.rows(found, finished)
+    assert row.values == {0: 0.6, 1: 0.61} and row.difference == pytest.approx(0.105)
+    planned = arms.runs_of(found, pathlib.Path("w"), recipe={}, arms=(), overrides=(), flags=())
+    assert {run.arm for run in planned} == {"base"}
+
+
 def test_few_runs_have_no_interval():
     zero, row = results.rows(sweep(), {("base", 0): lines(0.5), ("other", 0): lines(0.25)})
     assert (row.difference, row.margin, row.deviation) == (-0.25, None, None)
@@ -67,8 +77,8 @@ def test_the_epoch_of_a_bound():
 def test_every_claim_is_a_network(variant):
     """Each arm's overrides are fields, and give another network or another input than the base."""
     found = claims.get_sweep(variant)
-    seen = set()
-    for arm in found.arms.values():
+    seen, trained = set(), [arm for arm in found.arms.values() if not arm.reads]
+    for arm in trained:
         config = cli.load_config(str(runs.ROOT / found.config))
         for field, value in (found.overrides | arm.overrides).items():
             with config.unlocked():
@@ -77,7 +87,7 @@ def test_every_claim_is_a_network(variant):
                 config[section][name] = value
         models.build(config.model, None, config.input.crop)
         seen.add(str(config))
-    assert len(seen) == len(found.arms)
+    assert len(seen) == len(trained)
 
 
 # The command. A stand-in for main.py writes what a run writes, and takes a signal as a run does.

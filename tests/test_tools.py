@@ -33,7 +33,8 @@ def workdir(folder):
 def recorded(workdir, group):
     """The last values of a group of metrics, without the group's name."""
     lines = [line for line in runs.metrics(workdir) if f"{group}/loss" in line]
-    return {name.partition("/")[2]: value for name, value in lines[-1].items() if name.startswith(f"{group}/")}
+    own = {name: value for name, value in lines[-1].items() if name.startswith(f"{group}/") and "/centre_" not in name}
+    return {name.partition("/")[2]: value for name, value in own.items()}
 
 
 # Describe.

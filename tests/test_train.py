@@ -88,6 +88,11 @@ def test_the_errors_at_the_end_are_those_of_the_test_split(folder, whole):
     batches = input_pipeline.eval_batches(records, "test[5:]", batch_size=network.batch_size)
     again = evaluate.errors(network.totals(batches))
     assert again["loss"] == pytest.approx(tested["test/loss"], rel=1e-4)
+    network = predictor.Predictor(workdir, views="centre")
+    batches = input_pipeline.eval_batches(records, "test[5:]", batch_size=network.batch_size)
+    again = evaluate.errors(network.totals(batches))
+    assert again["loss"] == pytest.approx(tested["test/centre_loss"], rel=1e-4) != tested["test/loss"]
+    assert f"With the centre view alone, the top-1 error is {tested['test/centre_top1_error']:.2%}" in said
 
 
 def events(workdir):

@@ -14,10 +14,12 @@ class Arm:
     Attributes:
       overrides: values by field, such as {"model.lrn": False}.
       published: by name of a measure, the difference from the base that the paper or a log of 2012 has.
+      reads: by name of a measure, what is read instead. Such an arm has no runs of its own: it takes those of the base.
     """
 
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, Callable[[Lines], float | None]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

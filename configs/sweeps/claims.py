@@ -1,4 +1,4 @@
-"""Claims of the paper about its network, each a short override of one recipe, on Caltech-101.
+"""Claims of the paper, each a short override of one recipe, on Caltech-101.
 
     python -m tools.sweep --sweep=configs/sweeps/claims.py --workdir=runs/claims
 
@@ -8,7 +8,7 @@ ImageNet as it is. Published are the differences between the logs of 2012, with 
 """
 
 from configs import base
-from configs.sweeps import Arm, Sweep, error
+from configs.sweeps import Arm, Sweep, error, last
 
 TOP1, TOP5 = "top-1 error", "top-5 error"
 
@@ -24,6 +24,10 @@ def get_sweep(variant: str = "") -> Sweep:
         curve="eval/top1_error",
         arms={
             "base": Arm(),
+            "centre_view": Arm(  # log 145 of 2010
+                published={TOP1: 0.01552, TOP5: 0.01296},
+                reads={TOP1: last("test/centre_top1_error"), TOP5: last("test/centre_top5_error")},
+            ),
             "one_tower": Arm({"model.towers": 1}, {TOP1: 0.01695, TOP5: 0.01230}),  # log 145-half
             "no_lrn": Arm({"model.lrn": False}, {TOP1: 0.01370, TOP5: 0.01152}),  # log 148
             "no_lrn2": Arm({"model.order": "no_lrn2"}, {TOP1: -0.00176, TOP5: -0.00092}),  # log 167
@@ -45,5 +49,13 @@ def get_sweep(variant: str = "") -> Sweep:
                 {TOP1: 0.01164, TOP5: 0.01120},  # log 150
             ),
             "order_2012": Arm({"model.order": "2012"}),
+            "recipe_2012": Arm(  # configs/alexnet_2012.py, without its initial weights and its schedule
+                {
+                    "model.order": "2012",
+                    "model.lrn_alpha": 2e-5,
+                    "optimizer.bias_rate": 2.0,
+                    "input.lighting_divide": True,
+                }
+            ),
         },
     )
