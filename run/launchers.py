@@ -22,7 +22,7 @@ from common.exits import SIGNALS
 from run.arms import ROOT, ArmRun
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-TERMINATED = SIGNALS[signal.SIGTERM]
+TERMINATED = SIGNALS[signal.SIGTERM], -signal.SIGTERM  # saved, or ended before it had anything to save
 
 
 def is_over(process: "subprocess.Popen | Job | None") -> bool:
@@ -203,7 +203,7 @@ class Task:
         requeue = signal.signal(number, self._note)  # submitit's; it calls `checkpoint` and ends this process
         self._run.start(Here(1))
         code = self._run.process.wait()
-        if code == TERMINATED:
+        if code in TERMINATED:
             if not self._warned:
                 time.sleep(self.PATIENCE)
             requeue(number, None)

@@ -1,8 +1,15 @@
 """Runs of a sweep as jobs: what submitit's signals do to them, and what a SLURM cluster does."""
 
 import dataclasses
+import getpass
+import json
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 
 import pytest
 import submitit
@@ -66,3 +73,139 @@ def test_a_job_that_fails_does_not_run_again(executor, tmp_path):
     (run.workdir / "steps").write_text("\n" * 16)
     assert executor.submit(launchers.Task(run)).result() == 2
     assert run.log.read_text().count("started") == 1 and not run.finished
+
+
+# A cluster of this machine alone. A job in `urgent` takes the place of one in `usual`, which goes back into the queue.
+SLURM = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+AccountingStorageType=accounting_storage/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=20
+ReturnToService=2
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} Gres=gpu:2 State=UNKNOWN
+PartitionName=usual Nodes=ALL Default=YES PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL PriorityTier=2
+"""
+GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # two that are none
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """SLURM's daemons of Debian's slurm-wlm on this machine."""
+    daemons = ("munged", "slurmctld", "slurmd")
+    if os.getuid() or not all(map(shutil.which, daemons)):
+        pytest.skip("needs root and Debian's slurm-wlm and munge")
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0)), other.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1], other.getsockname()[1]]
+    host = socket.gethostname().partition(".")[0]
+    settings = dict(host=host, ports=ports, user=getpass.getuser(), folder=folder, cores=os.cpu_count())
+    (folder / "slurm.conf").write_text(SLURM.format(**settings))
+    (folder / "gres.conf").write_text(GPUS)
+    (folder / "key").write_bytes(os.urandom(128))
+    (folder / "key").chmod(0o600)
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    files = [f"--{what}-file={folder / f'munge.{what}'}" for what in ("pid", "log", "seed")]
+    commands = (
+        [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={folder / 'key'}",
+            f"--socket={folder}/munge.socket",
+            *files,
+        ],
+        ["slurmctld", "-D", "-i"],
+        ["slurmd", "-D"],
+    )
+    processes = []
+    for command, ready in zip(commands, (None, ["scontrol", "ping"], ["sinfo", "--states=idle", "-h"]), strict=True):
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        until(lambda command=ready: said(*command) if command else (folder / "munge.socket").exists())
+    yield
+    subprocess.run(["scancel", f"--user={getpass.getuser()}"])
+    for process in reversed(processes):
+        process.terminate()
+        process.wait()
+
+
+def said(*command):
+    """What a command says; "" if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def until(holds, seconds=120):
+    """Waits until it holds."""
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.slow
+def test_a_cluster(slurm, tmp_path):
+    """Two arms of main.py. The sweep is killed, and the first arm preempted; the same command ends them both."""
+    photographs = runs.photographs(tmp_path)
+    workdir = tmp_path / "w"
+    (tmp_path / "sweep.py").write_text(
+        "from configs.sweeps import Arm, Measure, Sweep, last\n"
+        "def get_sweep():\n"
+        "    arms = {'base': Arm(), 'other': Arm({'model.lrn': False})}\n"
+        "    return Sweep('configs/alexnet.py', arms, [Measure('error', last('test/top1_error'))], seeds=(0,))\n"
+    )
+    config = [flag for flag in runs.command(photographs, "") if flag.startswith("--config.")]
+    options = ["--slurm.partition=usual", f"--slurm.cpus-per-task={os.cpu_count()}", "--slurm.gpus=2"]
+    command = [sys.executable, "-m", "tools.sweep", f"--sweep={tmp_path / 'sweep.py'}", f"--workdir={workdir}"]
+    steps = ["--config.num_steps=400", "--config.checkpoint_every.steps=50", "--config.optimizer.learning_rate=0.0003"]
+    command += ["--launcher=slurm", *options, *config, *steps]
+    with subprocess.Popen(command, cwd=runs.ROOT, start_new_session=True) as sweep:
+        base = workdir / "base/seed-0"
+        until(lambda: (base / "metrics.jsonl").exists() and len(runs.metrics(base)) > 20)
+        queue = said("squeue", "--noheader", "--format=%i %j %T %b").splitlines()
+        jobs = {name: (number, state) for number, name, state, _ in map(str.split, queue)}
+        assert jobs["base/seed-0"][1] == "RUNNING" and jobs["other/seed-0"][1] == "PENDING"
+        assert all(line.endswith("gpu:2") for line in queue)
+        sweep.kill()
+    number = jobs["base/seed-0"][0]
+    subprocess.run(["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"], check=True)
+    until(
+        lambda: (
+            f"JobId={number} " in said("scontrol", "show", "job", number)
+            and "Restarts=1" in said("scontrol", "show", "job", number)
+        )
+    )
+    assert "Stopped by SIGTERM" in (base / "log.txt").read_text()
+    subprocess.run(
+        ["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True
+    )  # SLURM waits for two minutes
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "base/seed-0 goes on" in done.stderr
+    assert [path.name for path in (base / "slurm").glob("*_submission.sh")] == [f"{number}_submission.sh"]
+    for arm in ("base", "other"):
+        trained = [line["step"] for line in runs.metrics(workdir / arm / "seed-0") if "train/loss" in line]
+        assert trained == list(range(1, 401))
+    assert "| other | 1 |" in (workdir / "results.md").read_text()
