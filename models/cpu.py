@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
+from common import host
 from models import default, layers, winograd
 from models.layers import sum_dtype
 
-# Of a chunk.
-PATCHES_BYTES = 12 << 20
-MAPS_BYTES = 8 << 20
-TILES_BYTES = 16 << 20
+# Of a chunk. Each core's share of patches and tiles stays in its second cache; some work on maps has one core.
+PATCHES_BYTES = host.cores() << 20
+MAPS_BYTES = 1 << 20
+TILES_BYTES = host.cores() << 21
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
 # With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.
@@ -92,7 +93,9 @@ class _Folding:
     def chunk(self, x, output):
         """How many examples' patches make a chunk."""
         patch = self._shape[0] * self.seen * self.block * self._shape[2]
-        return _chunk(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
+        chunk = _chunk(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
+        # The products of a single example are small.
+        return chunk if chunk > 1 or is_symbolic_dim(x.shape[0]) else math.gcd(2, x.shape[0])
 
 
 def _in_tiles(x, kernel, output, stride) -> int:

@@ -2,10 +2,8 @@
 
 import dataclasses
 import getpass
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
