@@ -13,11 +13,13 @@ import pytest
 import models
 from common import cli
 from configs import alexnet
+from configs.sweeps import claims
 from drawing import page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 GUIDE = ROOT / "docs/alexnet.md"
+REPRODUCTION = ROOT / "docs/reproduction.md"
 RECIPES = {path.stem: path for path in ROOT.glob("configs/*.py") if path.stem not in ("__init__", "base", "finetune")}
 
 
@@ -168,7 +170,8 @@ def test_links_and_pictures_hold(document):
 
 def test_pictures_are_used_and_small():
     pictures = set((ROOT / "docs/pictures").iterdir())
-    shown = {ROOT / "docs" / name for name in re.findall(r'["(](pictures/[^")]+)', GUIDE.read_text())}
+    text = "".join(path.read_text() for path in ROOT.glob("docs/*.md"))
+    shown = {ROOT / "docs" / name for name in re.findall(r'["(](pictures/[^")]+)', text)}
     assert pictures == shown
     assert max(path.stat().st_size for path in pictures) < 150_000
 
@@ -231,3 +234,27 @@ def test_large_numbers_are_those_of_the_networks():
             known |= {cell for row in cells for cell in row}
     assert 33 * 33 * 2 == 2178 and round(0.1 * 122**2, -2) == 1500
     assert set(re.findall(r"\d{1,3}(?:,\d{3})+", GUIDE.read_text())) <= known
+
+
+# ---- docs/reproduction.md
+
+
+def test_the_tests_of_the_table_exist():
+    written = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    named = {name for name in names(REPRODUCTION) if re.fullmatch(r"test_\w+", name)}
+    assert len(named) > 20
+    for name in named:
+        assert f"\ndef {name}(" in written, name
+
+
+def test_every_arm_is_in_the_table_with_what_was_published():
+    arms = claims.get_sweep().arms
+    table = re.search(r"^\| the paper or a log .*?\n\n", REPRODUCTION.read_text(), re.M | re.S)[0]
+    found = {}
+    for _, published, cell in (row.strip("| \n").split(" | ") for row in table.strip().splitlines()[2:]):
+        numbers = [float(number.replace("−", "-")) for number in re.findall(r"[+−]\d+(?:\.\d+)?(?= |,|$)", published)]
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", cell), numbers)
+    known = {
+        name: [pytest.approx(100 * value, abs=0.006) for value in arm.published.values()] for name, arm in arms.items()
+    }
+    assert found == {name: numbers for name, numbers in known.items() if name != "base"}
