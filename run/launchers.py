@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -125,8 +126,8 @@ class Slurm:
         try:
             number = executor.submit(Task(run)).job_id
         except submitit.core.utils.FailedJobError as error:
-            said = [line for line in str(error).splitlines() if "error:" in line]
-            raise UserError(said[-1] if said else "sbatch refused the job.") from error
+            said = re.findall(r"^sbatch: (?:.*error: |.*fatal: )?(.*)", str(error), re.MULTILINE)
+            raise UserError(f"sbatch refused the job: {said[-1] if said else 'it says no more'}.") from error
         self._looked = -math.inf
         return number
 

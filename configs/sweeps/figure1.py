@@ -15,7 +15,7 @@ from configs.sweeps import Arm, Measure, Sweep, epochs_to, last
 
 TRIED = (0.001, 0.003, 0.01, 0.03)
 RATES = {"relu": 0.003, "tanh": 0.01}
-EPOCHS = {"relu": 10.0, "tanh": 25.0}
+EPOCHS = {"relu": 10.0, "tanh": 40.0}
 
 
 def get_sweep(variant: str = "") -> Sweep:
