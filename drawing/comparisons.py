@@ -12,7 +12,9 @@ ROW = 0.24  # inches
 
 @styled
 def differences(
-    title: str, arms: Sequence[tuple[str, float | None, float | None, float | None, Sequence[float]]]
+    title: str,
+    arms: Sequence[tuple[str, float | None, float | None, float | None, Sequence[float]]],
+    neutral: float = 0,
 ) -> Figure:
     """A line for each arm: its difference from the base, the interval about it, each seed, and what was published.
 
@@ -20,11 +22,12 @@ def differences(
       title: what differs, with its unit.
       arms: (name, difference, half of the interval, published difference, differences by seed), each None if there is
         none.
+      neutral: where an arm is as the base.
     """
     left = max([extent(name) for name, *_ in arms], default=0) + 0.3
     figure = sheet(left + 4.4, ROW * len(arms) + 0.9)
     axes = place(figure, left, 0.35, 4.2, ROW * len(arms) + 0.05, frame=True)
-    axes.axvline(0, color=PALE, linewidth=1)
+    axes.axvline(neutral, color=PALE, linewidth=1)
     for row, (_, difference, margin, published, seeds) in enumerate(arms):
         axes.plot(seeds, [row] * len(seeds), "|", color=GREY, markersize=5, markeredgewidth=0.7)
         if difference is not None:
@@ -56,6 +59,7 @@ def curves(label: str, arms: Mapping[str, Sequence[tuple[Sequence[float], Sequen
             colour = colours[number % len(colours)]
             axes.plot(epochs, values, color=colour, linewidth=0.9, label=name if not count else None)
     axes.set(xlabel="epochs", ylabel=label)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     if any(arms.values()):
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
     return figure

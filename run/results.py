@@ -1,4 +1,4 @@
-"""The figures of a sweep: means over seeds, and differences from the base with their intervals."""
+"""The figures of a sweep: means over seeds, and differences from the base, or ratios, with their intervals."""
 
 import csv
 import dataclasses
@@ -22,9 +22,10 @@ class Row:
       values: by seed.
       mean: over the seeds; None without values.
       deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
-      difference: the mean over the seeds that the base has too of arm minus base; None without such seeds.
+      difference: the mean over the seeds that the base has too of arm minus base, or of arm / base if the measure is
+        compared by ratio; None without such seeds.
       margin: half of the interval of `difference` (CONFIDENCE, Student's t over pairs); None with fewer than two pairs.
-      published: the published difference, or None.
+      published: that of the paper or a log of 2012, or None.
     """
 
     arm: str
@@ -53,7 +54,7 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
             found_in = {seed: read(lines) for (of, seed), lines in sorted(finished.items()) if of == trained}
             values[name] = {seed: value for seed, value in found_in.items() if value is not None}
         for name, arm in sweep.arms.items():
-            pairs = [value - values[base][seed] for seed, value in values[name].items() if seed in values[base]]
+            pairs = _compared(measure, values[name], values[base])
             mean, deviation = _spread(list(values[name].values()))
             difference, spread = _spread(pairs if name != base else [])
             margin = None
@@ -66,8 +67,8 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
 
 
 def to_draw(sweep: Sweep, found: Sequence[Row], measure: Measure) -> tuple[str, list[tuple]]:
-    """The arguments of `comparisons.differences` for a measure; fractions are in points."""
-    scale = 100 if measure.percent else 1
+    """The title and the arms for `comparisons.differences`; fractions are in points."""
+    scale = 1 if measure.ratio else 100
 
     def scaled(value):
         return None if value is None else scale * value
@@ -81,12 +82,12 @@ def to_draw(sweep: Sweep, found: Sequence[Row], measure: Measure) -> tuple[str, 
             scaled(row.difference),
             scaled(row.margin),
             scaled(row.published),
-            [scale * (value - zero[seed]) for seed, value in row.values.items() if seed in zero],
+            [scale * value for value in _compared(measure, row.values, zero)],
         )
         for row in of_measure.values()
         if row.arm != base
     ]
-    return f"{measure.name} − that of {base}{', points' if measure.percent else ''}", drawn
+    return f"{measure.name}{' /' if measure.ratio else ', points −'} that of {base}", drawn
 
 
 def curves(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> dict[str, list[tuple[list, list]]]:
@@ -97,6 +98,12 @@ def curves(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> dict[str,
         if name in found and known:
             found[name].append(tuple(map(list, zip(*known, strict=True))))
     return found
+
+
+def _compared(measure, values, base):
+    """Arm minus base, or their ratio, of each seed that both have."""
+    pairs = [(value, base[seed]) for seed, value in values.items() if seed in base]
+    return [value / zero if measure.ratio else value - zero for value, zero in pairs]
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -126,9 +133,9 @@ def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
     """A table for each measure; fractions are in per cent and their differences in points."""
     parts = []
     for measure in sweep.measures:
-        unit = " (%)" if measure.percent else ""
+        unit, compared = ("", "ratio") if measure.ratio else (" (%)", "difference")
         lines = [
-            f"| arm | runs | {measure.name}{unit} | difference, {CONFIDENCE:.0%} interval | published | overrides |",
+            f"| arm | runs | {measure.name}{unit} | {compared}, {CONFIDENCE:.0%} interval | published | overrides |",
             "|---|---|---|---|---|---|",
         ]
         for row in found:
@@ -142,17 +149,22 @@ def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
 
 
 def cells_of(row: Row) -> tuple[str, str, str]:
-    """The mean, the difference from the base and the published difference as text; '–' where there is none."""
-    scale, digits = (100, 1) if row.measure.percent else (1, 2)
+    """The mean, the difference from the base or ratio, and the published one as text; '–' where there is none."""
+    ratio = row.measure.ratio
 
     def number(value, sign=""):
-        return "–" if value is None else f"{value * scale:{sign}.{digits}f}"
+        if value is None:
+            return "–"
+        return f"{value:.2f}" if ratio else f"{100 * value:{sign}.1f}"
+
+    def compared(value):
+        return f"× {number(value)}" if ratio and value is not None else number(value, "+")
 
     def within(middle, margin):
         return middle if margin is None else f"{middle} ± {number(margin)}"
 
     return (
         within(number(row.mean), row.deviation),
-        within(number(row.difference, "+"), row.margin),
-        number(row.published, "+"),
+        within(compared(row.difference), row.margin),
+        compared(row.published),
     )

@@ -51,6 +51,18 @@ def test_differences_are_those_of_a_paired_test():
     assert float(written["low"]) == pytest.approx(test.low) and written["values"].startswith("0:")
 
 
+def test_ratios_are_those_of_each_seed():
+    epochs = Measure("epochs", last("test/top1_error"), ratio=True)
+    found = dataclasses.replace(sweep(), measures=[epochs])
+    finished = {("base", seed): lines(value) for seed, value in enumerate((6.0, 6.5))}
+    finished |= {("other", seed): lines(value) for seed, value in enumerate((30.0, 26.0))}
+    zero, row = results.rows(found, finished)
+    assert (zero.difference, row.difference) == (None, pytest.approx(4.5))  # of 5 and 4
+    assert results.cells_of(row) == ("28.00 ± 2.83", "× 4.50 ± 6.35", "–")
+    title, ((name, _, _, _, by_seed),) = results.to_draw(found, [zero, row], epochs)
+    assert (title, name, by_seed) == ("epochs / that of base", "other", [5.0, 4.0])
+
+
 def test_an_arm_that_reads_another_metric_takes_the_runs_of_the_base():
     found = dataclasses.replace(sweep(), arms={"base": Arm(), "centre": Arm(reads={"error": last("centre")})})
     finished = {("base", seed): [{"test/top1_error": 0.5, "centre": 0.6 + seed / 100}] for seed in range(2)}

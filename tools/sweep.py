@@ -189,7 +189,9 @@ class Progress:
         for number, measure in enumerate(self._sweep.measures, 1):
             title, drawn = results.to_draw(self._sweep, found, measure)
             if drawn:
-                pictures[f"differences-{number}.png"] = comparisons.differences(title, drawn)
+                pictures[f"differences-{number}.png"] = comparisons.differences(
+                    title, drawn, neutral=float(measure.ratio)
+                )
         if curve := self._sweep.curve:
             pictures["curve.png"] = comparisons.curves(curve, results.curves(self._sweep, finished))
         for name, figure in pictures.items():

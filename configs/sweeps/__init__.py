@@ -13,7 +13,7 @@ class Arm:
 
     Attributes:
       overrides: values by field, such as {"model.lrn": False}.
-      published: by name of a measure, the difference from the base that the paper or a log of 2012 has.
+      published: by name of a measure, the difference from the base, or ratio, that the paper or a log of 2012 has.
       reads: by name of a measure, what is read instead. Such an arm has no runs of its own: it takes those of the base.
     """
 
@@ -29,12 +29,13 @@ class Measure:
     Attributes:
       name: for the reader.
       read: finds it in the lines of a metrics.jsonl; None if it is not there.
-      percent: whether it is a fraction, shown in per cent.
+      ratio: whether an arm is compared with the base by their ratio. If not, it is a fraction, shown in per cent, and
+        compared by the difference.
     """
 
     name: str
     read: Callable[[Lines], float | None]
-    percent: bool = True
+    ratio: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
