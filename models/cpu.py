@@ -18,7 +18,8 @@ from common import host
 from models import default, layers, winograd
 from models.layers import sum_dtype
 
-# Of a chunk. Each core's share of patches and tiles stays in its second cache; some work on maps has one core.
+# Of a chunk. Each core's share of patches and tiles stays in its second cache; some work on maps has one core. So the
+# order of a gradient's sums, and its last bits, depend on the number of cores.
 PATCHES_BYTES = host.cores() << 20
 MAPS_BYTES = 1 << 20
 TILES_BYTES = host.cores() << 21

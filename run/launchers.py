@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Collection, Mapping
 
-from common.errors import UserError, require
+from common.errors import UserError, require, shortened
 from common.exits import SIGNALS
 from run.arms import ROOT, ArmRun
 
@@ -83,23 +84,25 @@ class Slurm:
 
     Args:
       jobs: how many at once; 0 puts all into the queue.
-      options: of sbatch, by name.
+      options: of sbatch, by name; True for one without a value.
 
     Raises:
       UserError: there is no SLURM here, or an option is one that the sweep sets.
     """
 
-    OWN = ("array", "chdir", "comment", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "output", "signal")
+    OWN = ("array", "chdir", "clusters", "comment", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "output",
+           "requeue", "no-requeue", "signal")  # fmt: skip
     MINUTES = 240  # of a job, if the options do not say
     SECONDS = 5.0  # between looks at the queue
 
-    def __init__(self, jobs: int, options: Mapping[str, str]):
+    def __init__(self, jobs: int, options: Mapping[str, str | bool]):
         for name in self.OWN:
             require(name not in options, f"--slurm.{name} cannot be given: the sweep sets it. A run takes one node.")
         missing = [name for name in ("sbatch", "squeue", "srun") if not shutil.which(name)]
         require(not missing, f"--launcher=slurm: there is no {' and no '.join(missing)} here.")
         self._limit, self._options, self._jobs = jobs or math.inf, dict(options), []
         self._queue, self._looked = {}, -math.inf
+        self.news = -math.inf  # the time of the queue that is known
 
     def has_room(self) -> bool:
         """Whether another run can start."""
@@ -107,8 +110,16 @@ class Slurm:
 
     def start(self, run: ArmRun) -> "Job":
         """Takes up the job of a run that is in the queue, or submits one; raises `UserError` if SLURM refuses it."""
-        known = [number for number, workdir in self.queue().items() if workdir == str(run.workdir)]
-        self._jobs.append(Job(self, run, known[0] if known else self._submit(run)))
+        fits = not set("%\\\n") & set(str(run.workdir))
+        require(fits, f"{run.workdir} holds a % or a backslash, which SLURM reads as something else.")
+        job, (mark, workdir) = None, _comment(run).split(" ", 1)
+        for number, comment in self.queue().items():
+            other, _, place = comment.partition(" ")
+            if place == workdir and other != mark:
+                raise UserError(f"SLURM's job {number} uses {place} for another command; `scancel {number}` ends it.")
+            if place == workdir and not _result(run, number).exists():
+                job = Job(self, run, number)
+        self._jobs.append(job or Job(self, run, self._submit(run)))
         return self._jobs[-1]
 
     def _submit(self, run):
@@ -116,35 +127,55 @@ class Slurm:
 
         executor = submitit.SlurmExecutor(_folder(run), max_num_timeout=sys.maxsize)
         cores = self._options.get("cpus-per-task")  # srun does not take it over from sbatch
+        for old in _folder(run).glob("*_result.pkl"):  # SLURM may give a number again
+            old.unlink()
         executor.update_parameters(
             time=self.MINUTES,
             job_name=run.name,
-            comment=str(run.workdir),
+            comment=_comment(run),
             srun_args=[f"--cpus-per-task={cores}"] if cores else None,
-            additional_parameters={"chdir": str(ROOT), **self._options},
+            additional_parameters={"chdir": str(ROOT), "requeue": True, **self._options},
         )
         try:
             number = executor.submit(Task(run)).job_id
-        except submitit.core.utils.FailedJobError as error:
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
             said = re.findall(r"^sbatch: (?:.*error: |.*fatal: )?(.*)", str(error), re.MULTILINE)
             raise UserError(f"sbatch refused the job: {said[-1] if said else 'it says no more'}.") from error
         self._looked = -math.inf
         return number
 
     def queue(self) -> dict[str, str]:
-        """The user's jobs that wait or run: number and comment, which is the workdir of a run of a sweep."""
+        """The comments of the user's jobs that wait or run, by number; raises `UserError` if squeue never answered."""
         if time.monotonic() - self._looked > self.SECONDS:
-            command = ["squeue", "--me", "--noheader", "--format=%i %k"]
-            asked = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             self._looked = time.monotonic()
+            asked = _ask("squeue", "--me", "--noheader", "--format=%i %k")
             if asked.returncode == 0:  # if SLURM's controller is away, the last answer holds
-                self._queue = dict(line.split(" ", 1) for line in asked.stdout.splitlines())
+                self._queue = dict(re.findall(r"^(\d+) (.*)$", asked.stdout, re.MULTILINE))
+                self.news = self._looked
+            elif self.news == -math.inf:
+                raise UserError(f"squeue does not answer: {shortened(asked.stderr.strip())}")
         return self._queue
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess:
+    """Runs a command of SLURM's, which Ctrl-C does not reach."""
+    quiet = dict(stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
+    return subprocess.run(command, text=True, errors="replace", **quiet)
+
+
+def _comment(run: ArmRun) -> str:
+    """By what the job of a run is known: a checksum of what it does, and its workdir."""
+    return f"{zlib.crc32(repr((run.flags, run.recipe)).encode()):08x} {run.workdir}"
 
 
 def _folder(run: ArmRun) -> pathlib.Path:
     """Where submitit keeps the files of a run's jobs."""
     return run.workdir / "slurm"
+
+
+def _result(run: ArmRun, number: str) -> pathlib.Path:
+    """The file with the result of a job."""
+    return _folder(run) / f"{number}_0_result.pkl"
 
 
 class Job:
@@ -161,25 +192,32 @@ class Job:
         import submitit
 
         if self.returncode is None:
-            job = submitit.SlurmJob(_folder(self._run), self._number)
-            if job.paths.result_pickle.exists():
-                self.returncode = 1 if job.exception() else job.result()
+            if _result(self._run, self._number).exists():
+                job = submitit.SlurmJob(_folder(self._run), self._number)
+                if problem := job.exception():
+                    self._fail(str(problem).strip().splitlines()[-1])
+                else:
+                    self.returncode = job.result()
             elif self._number in self._cluster.queue():
                 self._seen = time.monotonic()
-            elif time.monotonic() - self._seen > self.PATIENCE:
-                with self._run.log.open("a") as log:
-                    print(f"error: SLURM's job {self._number} left the queue before its end.", file=log)
-                self.returncode = 1
+            elif self._cluster.news - self._seen > self.PATIENCE:
+                self._fail(f"SLURM's job {self._number} left the queue before its end.")
         return self.returncode
+
+    def _fail(self, sentence):
+        with self._run.log.open("a") as log:
+            print(f"error: {sentence}", file=log)
+        self.returncode = 1
 
     def terminate(self) -> None:
         """Takes it out of the queue; a run that is under way saves first."""
-        subprocess.run(["scancel", self._number], capture_output=True, stdin=subprocess.DEVNULL)
+        _ask("scancel", self._number)
 
     def wait(self) -> None:
         """Waits until it has left the queue."""
         while self._number in self._cluster.queue():
-            time.sleep(Slurm.SECONDS / 5)
+            time.sleep(Slurm.SECONDS)
+            self.terminate()  # SLURM may not have heard it
 
 
 class Task:
@@ -207,13 +245,21 @@ class Task:
         if code in TERMINATED:
             if not self._warned:
                 time.sleep(self.PATIENCE)
-            requeue(number, None)
+            if self._warned or self._runs():
+                requeue(number, None)
         self._run.ended()
         return code
 
     def _note(self, *_):
         self._warned = True
-        self._run.process.terminate()
+        if self._run.process:
+            self._run.process.terminate()
+
+    @staticmethod
+    def _runs():
+        """Whether SLURM still counts the job as running, and is not about to end it."""
+        asked = _ask("squeue", f"--jobs={os.environ.get('SLURM_JOB_ID')}", "--noheader", "--format=%T")
+        return asked.stdout.strip() == "RUNNING"
 
     def checkpoint(self):
         """What submitit is to do when the job runs again."""

@@ -49,7 +49,6 @@ def main(argv: list[str]) -> int:
     slurm = [argument for argument in argv[1:] if argument.startswith("--slurm.")]
     overrides = [argument for argument in argv[1:] if argument not in slurm]
     sweep = _load(overrides)
-    launcher = _launcher(slurm)
     workdir = workdirs.expanded(WORKDIR.value)
     devices = [f"--cpu_devices={CPU_DEVICES.value}"] if CPU_DEVICES.value else []
     runs = arms.runs_of(
@@ -61,6 +60,7 @@ def main(argv: list[str]) -> int:
         flags=devices,
     )
     chosen = [run for run in runs if run.arm in ARMS.value or not ARMS.value]
+    launcher = _launcher(slurm, sum(not run.finished for run in chosen))
     if DRY_RUN.value:
         for run in chosen:
             print("#" * run.finished + shlex.join(run.command))
@@ -77,15 +77,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _launcher(given: list[str]) -> launchers.Here | launchers.Slurm:
-    """What starts the runs; `given` are the flags --slurm.OPTION=VALUE."""
+def _launcher(given: list[str], unfinished: int) -> launchers.Here | launchers.Slurm:
+    """What starts so many runs; `given` are the flags --slurm.OPTION=VALUE."""
     if LAUNCHER.value == "here":
         require(not given, f"{given and given[0]} needs --launcher=slurm.")
-        return launchers.Here(JOBS.value or 1)
+        return launchers.Here(max(1, min(JOBS.value, unfinished)))
     require(not CPU_DEVICES.value, "--cpu_devices simulates devices here; it does not go with --launcher=slurm.")
+    options = {}
     for argument in given:
-        require("=" in argument, f"{argument} has no value; an option of sbatch is --slurm.OPTION=VALUE.")
-    return launchers.Slurm(JOBS.value, dict(argument.removeprefix("--slurm.").split("=", 1) for argument in given))
+        name, equals, value = argument.removeprefix("--slurm.").partition("=")
+        options[name.replace("_", "-")] = value if equals else True
+    return launchers.Slurm(JOBS.value, options)
 
 
 def _load(overrides: list[str]) -> Sweep:
@@ -103,6 +105,16 @@ def _load(overrides: list[str]) -> Sweep:
     require(fits, f"The seeds {shown(sweep.seeds)} must be numbers from 0 on, one at least.")
     require(len(set(sweep.seeds)) == len(sweep.seeds), f"The seeds {shown(sweep.seeds)} have one twice.")
     require(sweep.arms, f"--sweep={SWEEP.value} has no arms.")
+    measures = {measure.name for measure in sweep.measures}
+    for number, (name, arm) in enumerate(sweep.arms.items()):
+        fits = not arm.reads or (number and not arm.overrides and set(arm.reads) <= measures)
+        require(
+            fits,
+            f"The arm {name} reads the runs of the base: it is not the first, has no overrides, and names measures.",
+        )
+        require(
+            not arm.reads or name not in ARMS.value, f"--arms={name}: it has no runs of its own, and reads the base's."
+        )
     for override in overrides:
         require("=" in override, f"{override} has no value; an override is --config.FIELD=VALUE.")
     known = dict(cli.field_names(cli.load_config(sweep.config)))
@@ -140,7 +152,7 @@ class Progress:
         with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
             try:
                 while (self._waiting or self._under_way) and not stop.code:
-                    while self._waiting and self._launcher.has_room():
+                    while self._waiting and self._launcher.has_room() and not stop.code:
                         self._start(self._waiting.popleft())
                     if self._console.is_terminal:
                         shown.update(self._table(), refresh=True)

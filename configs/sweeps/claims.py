@@ -3,8 +3,8 @@
     python -m tools.sweep --sweep=configs/sweeps/claims.py --workdir=runs/claims
 
 The recipe is that of configs/caltech101.py at half the size of the images. `:imagenet` takes the paper's recipe on
-ImageNet as it is. Published are the differences between the logs of 2012, with ten views on the images of 2012
-(one_tower on those of 2010), or what the paper says, sections 4.1 and 7. Neither sweep has been run yet.
+ImageNet as it is. Published are the differences between the logs of 2012, on the images of 2012 (those of 2010 for
+one_tower and centre_view), or what the paper says, sections 4.1 and 7. Neither sweep has been run yet.
 """
 
 from configs import base
