@@ -195,7 +195,8 @@ class Job:
             if _result(self._run, self._number).exists():
                 job = submitit.SlurmJob(_folder(self._run), self._number)
                 if problem := job.exception():
-                    self._fail(str(problem).strip().splitlines()[-1])
+                    *_, said = re.findall(r"^(.+)\n-{5,}$", str(problem), re.MULTILINE) or [str(problem)]
+                    self._fail(said)
                 else:
                     self.returncode = job.result()
             elif self._number in self._cluster.queue():

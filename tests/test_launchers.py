@@ -3,6 +3,7 @@
 import dataclasses
 import getpass
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import submitit
 
 import runs
+from common.errors import UserError
 from run import arms, launchers
 
 # In place of main.py: its steps take more than those six seconds, and SIGTERM ends it as it ends a run.
@@ -52,7 +54,7 @@ def executor(tmp_path, monkeypatch):
 
 def stand_in(tmp_path, code):
     run = StandIn("base", 0, tmp_path / "run", (str(code),), 0)
-    run.workdir.mkdir()
+    run.workdir.mkdir(parents=True)
     (run.workdir / "steps").touch()
     return run
 
@@ -71,6 +73,81 @@ def test_a_job_that_fails_does_not_run_again(executor, tmp_path):
     (run.workdir / "steps").write_text("\n" * 16)
     assert executor.submit(launchers.Task(run)).result() == 2
     assert run.log.read_text().count("started") == 1 and not run.finished
+
+
+# Stand-ins for SLURM's commands: the queue is a file.
+COMMANDS = {
+    "sbatch": """comment=$(sed -n "s/^#SBATCH --comment='\\(.*\\)'/\\1/p" "$1")
+cp "$1" script; echo "7 $comment" >> queue; echo Submitted batch job 7""",
+    "squeue": "test ! -e away && cat queue",
+    "scancel": ": > queue",
+    "srun": "exit 1",
+}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """The file with the jobs of those stand-ins."""
+    (tmp_path / "bin").mkdir()
+    for name, does in COMMANDS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ncd {tmp_path}\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(launchers.Slurm, "SECONDS", 0.0)
+    monkeypatch.setattr(launchers.Job, "PATIENCE", 0.1)
+    (tmp_path / "queue").write_text("3 a comment\nof another's job\n\n")
+    return tmp_path / "queue"
+
+
+def test_a_job_is_taken_up_by_the_same_command_alone(queue, tmp_path):
+    run = stand_in(tmp_path, 0)
+    run.start(launchers.Slurm(0, {"partition": "p", "exclusive": True}))
+    script = (tmp_path / "script").read_text()
+    for option in ("--partition=p", "--exclusive", "--requeue", "--job-name=base/seed-0"):
+        assert f"#SBATCH {option}\n" in script
+    (tmp_path / "script").unlink()
+    again = dataclasses.replace(run)
+    again.start(launchers.Slurm(0, {}))
+    assert again.process.poll() is None and not (tmp_path / "script").exists()
+    with pytest.raises(UserError, match=r"job 7 uses .*run for another command; `scancel 7` ends it"):
+        dataclasses.replace(run, flags=("1",)).start(launchers.Slurm(0, {}))
+    again.process.terminate()
+    again.process.wait()
+    time.sleep(0.2)
+    assert (again.process.poll(), again.failure()) == (1, "SLURM's job 7 left the queue before its end.")
+
+
+def test_results_of_earlier_jobs_do_not_count(queue, tmp_path):
+    run = stand_in(tmp_path, 0)
+    (run.workdir / "slurm").mkdir()
+    (run.workdir / "slurm/7_0_result.pkl").write_bytes(pickle.dumps(("success", 0)))
+    run.start(launchers.Slurm(0, {}))
+    assert run.process.poll() is None
+    (run.workdir / "slurm/7_0_result.pkl").write_bytes(pickle.dumps(("error", "Traceback\nOSError: why")))
+    assert (run.process.poll(), run.failure()) == (1, "OSError: why")
+
+
+def test_a_queue_that_is_not_known_is_not_empty(queue, tmp_path):
+    (tmp_path / "away").touch()
+    with pytest.raises(UserError, match="squeue does not answer"):
+        stand_in(tmp_path, 0).start(launchers.Slurm(0, {}))
+    (tmp_path / "away").unlink()
+    run = dataclasses.replace(stand_in(tmp_path / "a", 0))
+    run.start(launchers.Slurm(0, {}))
+    (tmp_path / "away").touch()
+    queue.write_text("")
+    time.sleep(0.2)
+    assert run.process.poll() is None, "it may be there: nobody has said otherwise"
+
+
+@pytest.mark.parametrize(
+    ("workdir", "options", "sentence"),
+    [("50%j", {}, "holds a %"), ("run", {"job-name": "x"}, "--slurm.job-name cannot be given")],
+)
+def test_what_a_cluster_cannot_take_is_named(queue, tmp_path, workdir, options, sentence):
+    run = dataclasses.replace(stand_in(tmp_path, 0), workdir=tmp_path / workdir)
+    with pytest.raises(UserError, match=sentence):
+        run.start(launchers.Slurm(0, options))
 
 
 # A cluster of this machine alone. A job in `urgent` takes the place of one in `usual`, which goes back into the queue.
