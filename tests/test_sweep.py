@@ -242,6 +242,7 @@ def test_runs_of_another_recipe_are_not_finished(command, tmp_path):
     [
         ('"base": Arm()', '"base": {}', "arms must be Arm by name"),
         ("seeds=(0, 1)", "seeds=()", "must be numbers from 0 on"),
+        ('Arm({"model.lrn_n": 0})', 'Arm(reads={"eror": last("x")})', "The arm bad reads the runs of the base: it is"),
         ('{"model.lrn_k": 1.0}', '{"model.lrn_k": "one"}', "model.lrn_k='one' must be a number"),
     ],
 )
