@@ -233,6 +233,7 @@ def _batches(
     threads = num_threads or host.cores()
     settings = tf.data.Options()
     settings.deterministic = True
+    # There is nothing to tune, and the tuner's thread would hold up the end of a run by up to a minute.
     settings.autotune.enabled = False
     settings.threading.private_threadpool_size = threads
     read = tf.data.Dataset.from_generator(chunks, output_signature=signature)

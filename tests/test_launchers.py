@@ -179,7 +179,7 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} Gres=gpu:2 State=UNKNOWN
 PartitionName=usual Nodes=ALL Default=YES PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL PriorityTier=2
 """
-GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # two that are none
+GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # SLURM takes any two devices for GPUs
 
 
 @pytest.fixture

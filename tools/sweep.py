@@ -60,11 +60,11 @@ def main(argv: list[str]) -> int:
         flags=devices,
     )
     chosen = [run for run in runs if run.arm in ARMS.value or not ARMS.value]
-    launcher = _launcher(slurm, sum(not run.finished for run in chosen))
     if DRY_RUN.value:
         for run in chosen:
             print("#" * run.finished + shlex.join(run.command))
         return 0
+    launcher = _launcher(slurm, sum(not run.finished for run in chosen))
     exits.outlive_readers()
     with workdirs.lock(workdir), exits.StopSignal() as stop:
         failed = Progress(sweep, runs, chosen, workdir, launcher).run(stop)
@@ -166,7 +166,7 @@ class Progress:
         self._already[run.name] = self._fraction(run)
         try:
             run.start(self._launcher)
-        except UserError as error:  # its folder cannot be written
+        except UserError as error:  # its folder cannot be written, or SLURM refuses it
             self._fail(run, str(error))
             return
         self._under_way.append(run)
