@@ -38,6 +38,13 @@ def validate(options: Any) -> None:
     require(fits, f"input.channel_std={shown(std)} must be three numbers between 1e-06 and 1000000.0.")
     if not 1 <= options.crop <= options.resize:
         raise UserError(f"input.crop={shown(options.crop)} must lie between 1 and input.resize={options.resize}.")
+    area = options.crop_area
+    fits = len(area) in (0, 2) and all(type(share) in (int, float) for share in area)
+    require(
+        fits and (not area or 0 < area[0] <= area[1] <= 1),
+        f"input.crop_area={shown(area)} must be (), or the least and the most share of a record's area, such as "
+        f"(0.25, 1.0).",
+    )
     check_name("input.lighting_scale", options.lighting_scale, ("std", "variance"))
     spans = [span if isinstance(span, list | tuple) else (span,) for span in options.lighting_again]
     require(
@@ -92,14 +99,17 @@ def train_batches(
                 yield data, *draw_views(records, options, len(index), seed, places)
                 step += 1
 
-    def view(encoded, label, corner, reflect, shift, gain):
-        image = _decode(encoded, records.image_size, (*tf.unstack(corner), options.crop, options.crop))
+    def view(encoded, label, window, reflect, shift, gain):
+        top, left, side = (*tf.unstack(window[:2]), window[2] if options.crop_area else options.crop)
+        image = _decode(encoded, records.image_size, (top, left, side, side))
+        if options.crop_area:
+            image = resize(image, options.crop)
         image = tf.cond(reflect, lambda: tf.reverse(image, [1]), lambda: image)
         return {"image": image, "label": label, "shift": shift, "gain": gain}
 
     signature = (
         tf.TensorSpec([rows], tf.string),
-        tf.TensorSpec([rows, 2], tf.int32),
+        tf.TensorSpec([rows, 3], tf.int32),
         tf.TensorSpec([rows], tf.bool),
         tf.TensorSpec([rows, 3], tf.float32),
         tf.TensorSpec([rows], tf.float32),
@@ -185,16 +195,19 @@ def draw_views(
       places: (b,), consecutive.
 
     Returns:
-      corner (b, 2) int32, top and left of the crop in pixels; reflect (b,) bool; shift (b, 3) float32, the lighting in
-      levels of 0–255; gain (b,) float32, 1 or, with `lighting_divide`, 1 / (1 + lighting_std).
+      window (b, 3) int32, top, left and side in pixels of what is cut out; reflect (b,) bool; shift (b, 3) float32, the
+      lighting in levels of 0–255; gain (b,) float32, 1 or, with `lighting_divide`, 1 / (1 + lighting_std).
     """
     generator = np.random.Philox(key=(seed, 2)).advance(2 * int(places[0]))
     uniform = (generator.random_raw(8 * len(places)).reshape(len(places), 8) >> np.uint64(11)) * 2.0**-53
-    margin = records.image_size - options.crop
-    if options.random_crop:
-        corner = np.floor(uniform[:, :2] * (margin + 1)).astype(np.int32)
-    else:
-        corner = np.full((len(places), 2), margin // 2, np.int32)
+    side = np.full(len(places), options.crop, np.int32)
+    if options.crop_area:
+        least, most = options.crop_area
+        area = (least + (most - least) * uniform[:, 7]) * records.image_size**2
+        side = np.maximum(1, np.rint(np.sqrt(area))).astype(np.int32)
+    margin = records.image_size - side[:, None]
+    corner = np.floor(uniform[:, :2] * (margin + 1)) if options.random_crop else np.repeat(margin // 2, 2, 1)
+    window = np.concatenate([corner.astype(np.int32), side[:, None]], axis=1)
     reflect = (uniform[:, 2] < 0.5) & options.reflect
     # Box and Muller: two uniform numbers give two normal ones.
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:, 3:5])), 2 * np.pi * uniform[:, 5:7]
@@ -208,7 +221,7 @@ def draw_views(
     on &= options.lighting_std > 0
     shift = (normal * options.lighting_std * spread) @ records.principal_components * on[:, None]
     gain = np.where(on & options.lighting_divide, 1 / (1 + options.lighting_std), 1)
-    return corner, reflect, shift.astype(np.float32), gain.astype(np.float32)
+    return window, reflect, shift.astype(np.float32), gain.astype(np.float32)
 
 
 # TensorFlow.
@@ -259,6 +272,13 @@ def _batches(
         raise records.damaged() from error
     except unreadable as error:
         raise UserError(f"The records of {records.directory} cannot be read: {shortened(error.message)}.") from error
+
+
+def resize(image: Any, size: int) -> Any:
+    """Makes a square (s, s, 3) uint8 image size×size: bilinear, with all pixels weighted where it shrinks."""
+    tf = tensorflow()
+    found = tf.image.resize(image, (size, size), antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(found), 0, 255), tf.uint8)
 
 
 def _decode(encoded, size: int, window=None):

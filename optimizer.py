@@ -7,7 +7,7 @@ rescale it at once. Decay acts on kernels only, as in the source of 2012.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,13 +83,16 @@ class Rates:
     def __init__(self, config, steps_per_epoch: float):
         self._schedule = schedule(config, steps_per_epoch)
         self._bias_rate = config.optimizer.bias_rate
+        self._decayed = tuple(dict(config.optimizer.layer_decay))
         self._factors = {name: _piecewise(1.0, factors, steps_per_epoch) for name, factors in config.schedule.layers}
 
     def check(self, params: Mapping[str, Any]) -> None:
-        """Raises `UserError` if `schedule.layers` names something that `params`, {layer: {kind: …}}, does not have."""
+        """Raises `UserError` if the config names a layer that `params`, {layer: {kind: …}}, does not have."""
         known = {"kernel", "bias", *params, *(f"{layer}/{kind}" for layer in params for kind in params[layer])}
         for name in self._factors:
             require(name in known, f"schedule.layers names {name!r}, which is not there: {nearest(name, known)}")
+        for name in self._decayed:
+            require(name in params, f"optimizer.layer_decay names {name!r}, which is no layer: {nearest(name, params)}")
 
     def tree(self, params: Mapping[str, Any], step: jax.Array | int, rate_factor: jax.Array | float = 1.0) -> Any:
         """A tree of scalar rates with the structure of `params`; `rate_factor` multiplies them all."""
@@ -112,16 +115,29 @@ class Rates:
 def build(config) -> optax.GradientTransformationExtraArgs:
     """The update rule of a config's `optimizer` section; its `update` also needs `rates`, a tree of `Rates.tree`.
 
-    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons.
+    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons. With `optimizer.average`, the state also
+    has an `Average`.
     """
     options = config.optimizer
-    decay = optax.add_decayed_weights(
-        options.weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params),
-    )
+    of_layers = dict(options.layer_decay)
+    decay = [_decay(options.weight_decay, lambda layer: layer not in of_layers)]
+    decay += [_decay(value, layer.__eq__) for layer, value in of_layers.items()]
     if options.name == "adam":
-        return optax.chain(optax.scale_by_adam(b1=options.momentum), decay, _scale_by_rates())
-    return optax.chain(decay, _scale_by_rates(), optax.trace(options.momentum))
+        parts = [optax.scale_by_adam(b1=options.momentum), *decay, _scale_by_rates()]
+    else:
+        parts = [*decay, _scale_by_rates(), optax.trace(options.momentum)]
+    return optax.chain(*parts, *([_average(options.average)] if options.average else []))
+
+
+def _decay(value: float, of_layer: Callable[[str], bool]) -> optax.GradientTransformation:
+    """Weight decay of the kernels of some layers."""
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key == "kernel" and of_layer(path[0].key), params
+        )
+
+    return optax.add_decayed_weights(value, mask)
 
 
 def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
@@ -129,6 +145,34 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u, rate: -jnp.asarray(rate).astype(u.dtype) * u, updates, rates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+class Average(NamedTuple):
+    """An exponential average of the parameters after each update.
+
+    Attributes:
+      count: the number of updates so far.
+      average: of the parameters, a tree of their structure.
+    """
+
+    count: Any
+    average: Any
+
+
+def _average(most: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps an `Average`, which keeps `most` of itself at an update, and less during the first ones."""
+
+    def init(params):
+        return Average(jnp.int32(0), params)
+
+    def update(updates, state, params, **_):
+        count = state.count.astype(jnp.float32)
+        # The initial weights are gone after few updates: the average covers a tenth of the updates at first.
+        new = 1 - jnp.minimum(most, (1 + count) / (10 + count))
+        average = jax.tree.map(lambda old, w, u: old + new * (w + u - old), state.average, params, updates)
+        return updates, Average(state.count + 1, average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Plateau(NamedTuple):
@@ -166,7 +210,7 @@ def validate(config) -> None:
     check_name("optimizer.name", config.optimizer.name, OPTIMIZERS)
     check_name("schedule.name", options.name, SCHEDULES)
     rates = {"learning_rate": (0, 1e3), "momentum": (0, 0.9999), "weight_decay": (0, 1e3), "bias_rate": (0, 1e3)}
-    check_ranges(config.optimizer, rates, "optimizer.")
+    check_ranges(config.optimizer, rates | {"average": (0, 0.999999)}, "optimizer.")
     check_ranges(options, {"patience": (1, 1_000_000), "reductions": (1, 1_000_000), "warmup": (0, 1e6)}, "schedule.")
     steps, plateau = options.name == "steps", options.name == "plateau"
     require(steps or not options.factors, f"schedule.factors goes with schedule.name='steps', not {options.name!r}.")
@@ -175,9 +219,14 @@ def validate(config) -> None:
     short = config.num_steps or options.warmup < config.num_epochs
     require(short, f"schedule.warmup={options.warmup} must be less than num_epochs={config.num_epochs}.")
     _check_factors("schedule.factors", options.factors)
-    pairs = all(_is_pair(pair) and isinstance(pair[0], str) for pair in options.layers)
+    decay = config.optimizer.layer_decay
     require(
-        pairs and len(dict(options.layers)) == len(options.layers),
+        _by_name(decay) and all(_is_number(value) and 0 <= value <= 1e3 for _, value in decay),
+        f"optimizer.layer_decay={shown(decay)} must be (layer, weight decay) pairs of different layers, such as "
+        f"(('fc10', 1.0),) with its comma; a decay lies between 0 and 1e3.",
+    )
+    require(
+        _by_name(options.layers),
         f"schedule.layers={shown(options.layers)} must be (layer, factors) pairs of different layers, such as "
         f"(('conv1', ((67.0, 0.0),)),) with its commas.",
     )
@@ -193,6 +242,12 @@ def _check_factors(field: str, factors: Any) -> None:
         f"{field}={shown(factors)} must be (epoch, factor) pairs in order of the epochs, such as ((30.0, 0.1),) with "
         f"its comma; epochs lie between 0 and 1e6, factors between 0 and 1e3.",
     )
+
+
+def _by_name(pairs: Any) -> bool:
+    """Whether these are pairs of a name and something, no name twice."""
+    fits = all(_is_pair(pair) and isinstance(pair[0], str) for pair in pairs)
+    return fits and len(dict(pairs)) == len(pairs)
 
 
 def _is_pair(value) -> bool:

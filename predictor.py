@@ -81,7 +81,7 @@ class Predictor:
         self.size, self._views = resize, views
         state, meta = _restore(self.workdir, shapes, step)
         workdirs.check_checkpoint(meta, self.config, self.records, self.workdir)
-        self.params, self.step = state.params, int(state.step)
+        self.params, self.step = state.evaluated, int(state.step)
         finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.params))
         require(finite, f"The parameters of step {self.step} in {self.workdir} are not finite numbers.")
         self._layout = Layout(1, towers=self.config.model.towers)

@@ -220,7 +220,7 @@ class Trainer:
     def evaluate_and_save(self) -> None:
         """Evaluates the centre view, tells the plateau rule, and saves if that is due or the error is a new best."""
         self.settle()
-        values = self.errors(self.state.params, self.run.config.dataset.eval_split, "centre", self.step)
+        values = self.errors(self.state.evaluated, self.run.config.dataset.eval_split, "centre", self.step)
         self.recorder.write(self.step, self.epoch, {f"eval/{name}": value for name, value in values.items()})
         if self.recorder.active:
             self.recorder.show(self.step, self.pictures())
@@ -283,9 +283,9 @@ class Trainer:
                 best, state, _ = run.checkpoints.restore_best(run.shapes) or (self.step, None, None)
         values, best = json.loads(processes.gather_text(json.dumps((tested, best)))[0])
         if not values:
-            params = self.state.params
+            params = self.state.evaluated
             if best != self.step:
-                params = run.layout.shard(processes.from_first((state or setup.blank(run.shapes)).params))
+                params = run.layout.shard(processes.from_first((state or setup.blank(run.shapes)).evaluated))
             split = workdirs.test_split(run.config)
             ten, centre = (self.errors(params, split, which, best) for which in ("ten", "centre"))
             values = {f"test/{name}": value for name, value in ten.items()} | {"test/step": best}

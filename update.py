@@ -17,11 +17,16 @@ import views
 
 @flax.struct.dataclass
 class State:
-    """What an update changes: the number of updates done, the parameters, and the optimizer's velocity."""
+    """What an update changes: the number of updates done, the parameters, and the optimizer's velocity and average."""
 
     step: Any
     params: Any
     opt_state: Any
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated and used: their average over the updates, if the optimizer has one."""
+        return optax.tree_utils.tree_get(self.opt_state, "average", self.params)
 
 
 def build_network(config, layout: parallel.Layout | None = None):
@@ -32,14 +37,18 @@ def build_network(config, layout: parallel.Layout | None = None):
 
 def init_state(config) -> State:
     """The merged state before the first update, a function of `config.seed` alone."""
-    network, rule = build_network(config), optimizer.build(config)
+    network = build_network(config)
 
     def init(key):
         images = jnp.zeros((1, config.input.crop, config.input.crop, 3))
-        params = network.init(key, images)["params"]
-        return State(step=jnp.int32(0), params=params, opt_state=rule.init(params))
+        return begin(config, network.init(key, images)["params"])
 
     return jax.jit(init)(jax.random.key(config.seed))
+
+
+def begin(config, params: Any) -> State:
+    """The merged state before the first update of these parameters."""
+    return State(step=jnp.int32(0), params=params, opt_state=optimizer.build(config).init(params))
 
 
 def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: optimizer.Rates):
@@ -74,7 +83,7 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
             )
             activations.popitem()  # the logits
             with jax.named_scope("loss"):
-                loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+                loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
                 top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
             # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
             return loss / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
@@ -102,6 +111,18 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
         return State(step=state.step + 1, params=params, opt_state=opt_state), values, measured
 
     return layout.map(step, donate=(0,), broadcast=(2, 3))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """The cross-entropy of each example in nats, (N,), of (N, classes) logits and (N,) labels.
+
+    `smoothing` is the share of the target that all classes get alike, the label among them (Szegedy et al. 2016).
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return loss
+    of_all = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
+    return (1 - smoothing) * loss + smoothing * of_all
 
 
 def build_weigh(layout: parallel.Layout):

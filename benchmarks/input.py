@@ -139,8 +139,8 @@ class Raw:
             found = reader.read(input_pipeline.example_numbers(len(index), config.seed, places))
         examples = [tf.train.Example.FromString(data).features.feature for data in found]
         self.encoded = [example["image"].bytes_list.value[0] for example in examples]
-        corner, *_ = input_pipeline.draw_views(opened, config.input, len(index), config.seed, places)
-        self.windows = np.concatenate([corner, np.full_like(corner, config.input.crop)], axis=1)
+        windows, *_ = input_pipeline.draw_views(opened, config.input, len(index), config.seed, places)
+        self.windows = windows[:, [0, 1, 2, 2]]
         self._threads = config.input.threads or CORES
         # Several parts for each thread, so that all threads end at about the same time.
         parts = np.array_split(np.arange(images), min(images, 8 * self._threads))

@@ -28,7 +28,12 @@ IMAGENET_IMAGES = 1_281_167  # of the training split
 
 
 # The recipe that has a network of `models.MODELS` as its source has it.
-RECIPES = {"alexnet": "configs/alexnet.py", "cifar": "configs/cifar10.py", "torchvision": "configs/torchvision.py"}
+RECIPES = {
+    "alexnet": "configs/alexnet.py",
+    "cifar": "configs/cifar10.py",
+    "cifar_local": "configs/cifar10.py:11pct",
+    "torchvision": "configs/torchvision.py",
+}
 
 
 def recipe(

@@ -215,8 +215,8 @@ def main() -> None:
         check_ranges(vars(args), {"devices": (1, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
         if args.torch_compile and args.compare != "torch":
             raise UserError("--torch_compile goes with --compare=torch.")
-        if args.compare == "torch" and args.model == "torchvision":
-            raise UserError("--compare=torch has PyTorch forms of alexnet and cifar, not of torchvision.")
+        if args.compare == "torch" and args.model not in ("alexnet", "cifar"):
+            raise UserError(f"--compare=torch has PyTorch forms of alexnet and cifar, not of {args.model}.")
         on_cpu = jax.config.jax_platforms in (None, "", "cpu")
         if args.devices > 1 and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)

@@ -41,11 +41,11 @@ import jax.numpy as jnp
 from common.errors import check_name, check_ranges, check_type, nearest, require
 from models import cpu
 from models.alexnet import AlexNet
-from models.cifar import CifarNet
+from models.cifar import CifarLocalNet, CifarNet
 from models.torchvision import TorchvisionAlexNet
 from parallel import Towers
 
-MODELS = {"alexnet": AlexNet, "cifar": CifarNet, "torchvision": TorchvisionAlexNet}
+MODELS = {"alexnet": AlexNet, "cifar": CifarNet, "cifar_local": CifarLocalNet, "torchvision": TorchvisionAlexNet}
 STEPS = ("activate", "normalize", "normalize_spatially", "pool", "average", "dropout")
 
 
@@ -164,7 +164,8 @@ def layer_table(model, image_size: int) -> list[Row]:
                 output=output,
                 kernel=kernel,
                 parameters=sum(math.prod(leaf.shape) for leaf in params[name].values()),
-                multiply_adds=math.prod(output[:-1]) * math.prod(kernel),
+                # A local layer has a kernel for each place.
+                multiply_adds=math.prod(kernel) * (1 if len(kernel) == 6 else math.prod(output[:-1])),
                 exchange=sum(math.prod(x.shape[1:]) // network.towers for x in (*joined, *across)),
                 joined=bool(joined),
             )

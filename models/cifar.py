@@ -1,7 +1,8 @@
-"""The four-layer CIFAR-10 network with which the paper's figure 1 compares ReLU and tanh.
+"""The networks of the source's `example-layers`, on which the authors tried their methods with CIFAR-10.
 
-The paper does not name it. This is the best candidate in the source of 2012, `example-layers/layers-19pct.cfg`; with
-`lrn=True` it becomes `layers-18pct.cfg`, which normalises after the first two poolings.
+`CifarNet` is layers-19pct.cfg, and with `lrn=True` layers-18pct.cfg. Without normalisation it is the best candidate for
+the network of the paper's figure 1, which the paper does not name. `CifarLocalNet` is layers-conv-local-13pct.cfg, and
+with `lrn=True` layers-conv-local-11pct.cfg: the four-layer network of 13 % and 11 % in section 3.3.
 """
 
 import flax.linen as nn
@@ -14,15 +15,46 @@ from models.ops import ACTIVATIONS
 from parallel import Towers
 
 
-class CifarNet(nn.Module):
-    """conv5×5×32 → max-pool → act → conv5×5×32 → act → avg-pool → conv5×5×64 → act → avg-pool → fc10; pools are 3/2.
+class LocalLayer(nn.Module):
+    """A layer of stride 1 that looks at its maps as a convolution does, but with a kernel of its own at each place.
 
-    `models` describes the interface; nothing here is random, so `train` and `rows` change nothing.
+    The parameters are `kernel`, (H, W, size, size, C, F), and `bias`, (H, W, F), in float32; H and W are the sides of
+    the maps.
+
+    Attributes:
+      features: output maps.
+      kernel_size: side of the kernels, odd; they reach over the edges, where they see zeros.
+      kernel_init: initial values, of (key, shape, dtype).
+      dtype: type of the computation.
+    """
+
+    features: int
+    kernel_size: int
+    kernel_init: nn.initializers.Initializer
+    dtype: str
+
+    @nn.compact
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        """Maps (N, H, W, C) to (N, H, W, features)."""
+        maps, size = maps.astype(self.dtype), self.kernel_size
+        _, height, width, channels = maps.shape
+        shape = (height, width, size, size, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (height, width, self.features), jnp.float32)
+        around = (size // 2, size // 2)
+        padded = jnp.pad(maps, ((0, 0), around, around, (0, 0)))
+        seen = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+        kernel = kernel.astype(self.dtype).reshape(height, width, -1, self.features)
+        return jnp.einsum("nhwc,hwcf->nhwf", jnp.concatenate(seen, -1), kernel) + bias.astype(self.dtype)
+
+
+class _Network(nn.Module):
+    """What the networks here share. `models` describes the interface; nothing is random.
 
     Attributes:
       num_classes: width of the fully-connected layer.
       activation: 'relu', 'tanh' or 'sigmoid'.
-      lrn: response normalisation across maps after the first and the second pooling (size 3, scale 5e-5, power .75).
+      lrn: whether there is response normalisation.
       towers: 1; there is one tower.
       dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
       placement: which towers are on this device.
@@ -35,47 +67,64 @@ class CifarNet(nn.Module):
     dtype: str
     placement: Towers
 
-    def setup(self):
-        """The four layers, with the source's standard deviations of the initial weights."""
-
-        def layer(features, kernel_size, deviation):
-            return towers.TowerLayer(
-                features=features,
-                kernel_size=kernel_size,
-                stride=1,
-                padding=2,
-                kernel_init=nn.initializers.normal(deviation),
-                bias_init=nn.initializers.zeros,
-                groups=1,
-                towers=self.placement,
-                dtype=self.dtype,
-            )
-
-        self.conv1, self.conv2, self.conv3 = layer(32, 5, 1e-4), layer(32, 5, 0.01), layer(64, 5, 0.01)
-        self.fc10 = layer(self.num_classes, 0, 0.01)
-
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
-        """Maps (N, 32, 32, 3) images to logits; see `models`."""
+        """Maps (N, H, W, 3) images to logits; see `models`."""
         del train, rows
         return self.fc10(self.convolutional(images.astype(self.dtype))).astype(jnp.float32)
 
-    def convolutional(self, images: jax.Array) -> jax.Array:
-        """Maps (N, 32, 32, 3) images to what fc10 sees, (N, 4, 4, 64)."""
-        x = self.normalize(self.activate(self.pool(self.conv1(images))))
-        x = self.normalize(self.average(self.activate(self.conv2(x))))
-        return self.average(self.activate(self.conv3(x)))
+    def _layer(self, features: int, kernel_size: int, deviation: float) -> towers.TowerLayer:
+        """A layer of stride 1 with initial weights of this deviation, a convolution unless `kernel_size` is 0."""
+        return towers.TowerLayer(
+            features=features,
+            kernel_size=kernel_size,
+            stride=1,
+            padding=kernel_size // 2,
+            kernel_init=nn.initializers.normal(deviation),
+            bias_init=nn.initializers.zeros,
+            groups=1,
+            towers=self.placement,
+            dtype=self.dtype,
+        )
 
     def activate(self, x: jax.Array) -> jax.Array:
         """The activation that is compared."""
         return ACTIVATIONS[self.activation](x)
 
-    def normalize(self, x: jax.Array) -> jax.Array:
-        """Response normalisation across maps; the source divides its scale by the size of the window."""
-        return ops.local_response_normalization(x, k=1.0, n=3, alpha=5e-5 / 3, beta=0.75) if self.lrn else x
-
     def pool(self, x: jax.Array) -> jax.Array:
         """Max-pooling."""
         return ops.max_pool(x, 3, 2)
+
+    def _check(self, image_size: int, smallest: int) -> None:
+        """Refuses fields that cannot work, and images of less than `smallest` pixels; raises `UserError`."""
+        check_name("model.activation", self.activation, ACTIVATIONS)
+        require(self.towers == 1, f"model.towers={shown(self.towers)}: the CIFAR-10 networks have one tower.")
+        check_ranges({"crop": image_size}, {"crop": (smallest, 4096)}, "input.")  # a pooling needs its 3 pixels
+
+
+class CifarNet(_Network):
+    """conv5×5×32 → max-pool → act → conv5×5×32 → act → avg-pool → conv5×5×64 → act → avg-pool → fc10; pools are 3/2.
+
+    `lrn` normalises across the pixels of each map, after the first and the second pooling.
+    """
+
+    def setup(self):
+        """The four layers, with the source's standard deviations of the initial weights."""
+        self.conv1, self.conv2, self.conv3 = (
+            self._layer(32, 5, 1e-4),
+            self._layer(32, 5, 0.01),
+            self._layer(64, 5, 0.01),
+        )
+        self.fc10 = self._layer(self.num_classes, 0, 0.01)
+
+    def convolutional(self, images: jax.Array) -> jax.Array:
+        """Maps (N, 32, 32, 3) images to what fc10 sees, (N, 4, 4, 64)."""
+        x = self.normalize_spatially(self.activate(self.pool(self.conv1(images))))
+        x = self.normalize_spatially(self.average(self.activate(self.conv2(x))))
+        return self.average(self.activate(self.conv3(x)))
+
+    def normalize_spatially(self, x: jax.Array) -> jax.Array:
+        """Response normalisation across 3×3 pixels; the source divides its scale by their number."""
+        return ops.spatial_response_normalization(x, size=3, scale=5e-5 / 9, power=0.75) if self.lrn else x
 
     def average(self, x: jax.Array) -> jax.Array:
         """Average-pooling."""
@@ -83,6 +132,31 @@ class CifarNet(nn.Module):
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
-        check_name("model.activation", self.activation, ACTIVATIONS)
-        require(self.towers == 1, f"model.towers={shown(self.towers)}: the CIFAR-10 network has one tower.")
-        check_ranges({"crop": image_size}, {"crop": (12, 4096)}, "input.")  # the third pooling needs its 3 pixels
+        self._check(image_size, 12)
+
+
+class CifarLocalNet(_Network):
+    """conv5×5×64 → act → max-pool → conv5×5×64 → act → max-pool → local3×3×32 → act → local3×3×32 → act → fc10.
+
+    Pools are 3/2. `lrn` normalises across five maps before each of them.
+    """
+
+    def setup(self):
+        """The five layers, with the source's standard deviations of the initial weights."""
+        self.conv1, self.conv2 = self._layer(64, 5, 1e-4), self._layer(64, 5, 0.01)
+        self.local3, self.local4 = (LocalLayer(32, 3, nn.initializers.normal(0.04), self.dtype) for _ in range(2))
+        self.fc10 = self._layer(self.num_classes, 0, 0.01)
+
+    def convolutional(self, images: jax.Array) -> jax.Array:
+        """Maps (N, 24, 24, 3) images to what fc10 sees, (N, 6, 6, 32)."""
+        x = self.pool(self.normalize(self.activate(self.conv1(images))))
+        x = self.pool(self.normalize(self.activate(self.conv2(x))))
+        return self.activate(self.local4(self.activate(self.local3(x))))
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Response normalisation across maps; the source divides its scale by the size of the window."""
+        return ops.local_response_normalization(x, k=1.0, n=5, alpha=0.001 / 5, beta=0.75) if self.lrn else x
+
+    def validate(self, image_size: int) -> None:
+        """Refuses fields that cannot work; raises `UserError`."""
+        self._check(image_size, 6)

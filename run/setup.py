@@ -157,7 +157,9 @@ def _open_workdir(run: Run) -> None:
     if taken_over:
         new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
         print(f"From {run.config.init_from}: all parameters" + (f" but {', '.join(new)}." if new else "."))
-    run.state = state.replace(params=flax.traverse_util.unflatten_dict(params | taken_over))
+    if taken_over:
+        state = jax.device_get(update.begin(run.config, flax.traverse_util.unflatten_dict(params | taken_over)))
+    run.state = state
 
 
 def pretrained(config, shapes: update.State, class_names: tuple[str, ...]) -> dict[tuple[str, ...], np.ndarray]:
@@ -180,7 +182,7 @@ def pretrained(config, shapes: update.State, class_names: tuple[str, ...]) -> di
         raise UserError(f"init_from={config.init_from} has no checkpoint yet.")
     state = best[1] if best else latest[0]
     mine = flax.traverse_util.flatten_dict(shapes.params)
-    source = flax.traverse_util.flatten_dict(state.params)
+    source = flax.traverse_util.flatten_dict(state.evaluated)
     fitting = {path: leaf for path, leaf in source.items() if path in mine and mine[path].shape == leaf.shape}
     if (origin / "dataset.npz").exists() and workdirs.read_dataset(origin).class_names != class_names:
         last = models.layer_table(config.model, config.input.crop)[-1].name
@@ -200,10 +202,10 @@ def write_new(config, records: prepared.Records, workdir: pathlib.Path, params: 
       UserError: the config cannot work, or the folder cannot be written.
     """
     schema.validate(config)
-    state = jax.device_get(update.init_state(config))
+    state = jax.device_get(update.begin(config, params) if params else update.init_state(config))
     with checkpoint.Checkpoints(workdir) as checkpoints:
         meta = {"config": workdirs.to_json(config), "classes": workdirs.classes_checksum(records)}
-        checkpoints.save(0, state.replace(params=params) if params else state, meta)
+        checkpoints.save(0, state, meta)
     workdirs.write_dataset(records, workdir)
     workdirs.write_config(config, workdir)
 

@@ -67,9 +67,11 @@ def test_on_a_full_disk_neither_file_is_left(workdir, tmp_path):
     assert done.returncode == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", [alexnet_2012, cifar10, torchvision])
-def test_every_network_takes_a_batch_of_any_size(recipe):
-    config = recipe.get_config()
+@pytest.mark.parametrize(
+    "config",
+    [alexnet_2012.get_config(), cifar10.get_config("18pct"), cifar10.get_config("11pct"), torchvision.get_config()],
+)
+def test_every_network_takes_a_batch_of_any_size(config):
     if "width" in config.model:
         config.model.width = 0.125
     network, side = update.build_network(config), config.input.crop

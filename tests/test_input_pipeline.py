@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.stats
 from hypothesis import given, settings
@@ -183,7 +184,8 @@ def test_draws_are_a_function_of_the_place(seed, start, cut):
 
 
 def test_corners_and_reflections_are_uniform():
-    corner, reflect, _, _ = draw(200_000)
+    window, reflect, _, _ = draw(200_000)
+    corner = window[:, :2]
     assert corner.min() == 0
     assert corner.max() == 32, "256 − 224 has 33 places a side, the last among them"
     cells = np.bincount((corner[:, 0] * 33 + corner[:, 1]) * 2 + reflect, minlength=33 * 33 * 2)
@@ -194,8 +196,8 @@ def test_corners_and_reflections_are_uniform():
 
 
 def test_without_chance_views_are_central_and_upright():
-    corner, reflect, shift, gain = draw(50, random_crop=False, reflect=False, lighting_std=0.0)
-    assert (corner == 16).all()
+    window, reflect, shift, gain = draw(50, random_crop=False, reflect=False, lighting_std=0.0)
+    assert (window == (16, 16, 224)).all()
     assert not reflect.any()
     assert not shift.any()
     assert (gain == 1).all()
@@ -218,8 +220,8 @@ def test_lighting_follows_the_principal_components(scale):
 
 
 def test_lighting_is_independent_of_the_crop():
-    corner, reflect, shift, _ = draw(100_000)
-    columns = np.concatenate([corner, reflect[:, None], shift @ statistics().principal_components.T], axis=1)
+    window, reflect, shift, _ = draw(100_000)
+    columns = np.concatenate([window[:, :2], reflect[:, None], shift @ statistics().principal_components.T], axis=1)
     np.testing.assert_allclose(np.corrcoef(columns.astype(np.float64).T), np.eye(6), atol=0.02)
 
 
@@ -249,16 +251,54 @@ def test_views_are_crops_of_whole_records_mirrored_where_drawn(which, request):
     count, crop, seed = 160, records.image_size // 2, 11
     section = options(resize=records.image_size, crop=crop)
     places = np.arange(count)
-    corner, reflect, shift, gain = input_pipeline.draw_views(records, section, TRAIN, seed, places)
+    window, reflect, shift, gain = input_pipeline.draw_views(records, section, TRAIN, seed, places)
     numbers = input_pipeline.example_numbers(TRAIN, seed, places)
     (batch,) = batches(records, 1, batch_size=count, seed=seed, crop=crop)
     assert 0 < reflect.sum() < count
-    for i, (top, left) in enumerate(corner):
+    for i, (top, left, _) in enumerate(window):
         expected = images[numbers[i], top : top + crop, left : left + crop]
         np.testing.assert_array_equal(batch["image"][i], expected[:, ::-1] if reflect[i] else expected)
     np.testing.assert_array_equal(batch["label"], labels[numbers])
     np.testing.assert_array_equal(batch["shift"], shift)
     np.testing.assert_array_equal(batch["gain"], gain)
+
+
+@pytest.mark.parametrize("which", ["small", "large"])
+def test_views_of_a_random_area_are_resized(which, request):
+    """Compared with Pillow, which also weights all pixels where it shrinks."""
+    records = request.getfixturevalue(which)
+    images, _ = whole(records, "train")
+    count, crop, seed = 96, records.image_size // 2, 11
+    section = options(resize=records.image_size, crop=crop, crop_area=(0.1, 0.9))
+    places = np.arange(count)
+    window, reflect, _, _ = input_pipeline.draw_views(records, section, TRAIN, seed, places)
+    numbers = input_pipeline.example_numbers(TRAIN, seed, places)
+    (batch,) = batches(records, 1, batch_size=count, seed=seed, crop=crop, crop_area=(0.1, 0.9))
+    sides = window[:, 2]
+    assert (sides < crop).any()
+    assert (sides > crop).any()
+    for i, (top, left, side) in enumerate(window):
+        part = PIL.Image.fromarray(images[numbers[i], top : top + side, left : left + side])
+        expected = np.asarray(part.resize((crop, crop), PIL.Image.Resampling.BILINEAR)).astype(int)
+        np.testing.assert_allclose(batch["image"][i], expected[:, ::-1] if reflect[i] else expected, atol=1)
+
+
+def test_areas_are_uniform_and_their_places_too():
+    window, reflect, shift, _ = draw(100_000, crop_area=(0.25, 0.75))
+    side = window[:, 2].astype(np.float64)
+    area = side**2 / 256**2
+    assert 0.245 < area.min() < 0.255
+    assert 0.745 < area.max() < 0.755
+    # The sides are whole pixels, so areas are spread evenly only about that far.
+    assert scipy.stats.kstest(area, "uniform", (0.25, 0.5)).statistic < 0.01
+    place = window[:, :2] / (256 - side[:, None])
+    assert place.min() == 0
+    assert place.max() == 1
+    columns = np.column_stack([area, place, reflect, shift @ statistics().principal_components.T])
+    np.testing.assert_allclose(np.corrcoef(columns.T), np.eye(7), atol=0.02)
+    np.testing.assert_array_equal(reflect, draw(100_000)[1], "other draws stay as they are")
+    central, *_ = draw(20, crop_area=(0.25, 0.75), random_crop=False)
+    np.testing.assert_array_equal(central[:, 0], (256 - central[:, 2]) // 2)
 
 
 # Evaluation and splits.
@@ -300,6 +340,12 @@ def test_a_slice_trains_on_its_own_examples(small):
         ("resize", 0),
         ("crop", 257),
         ("crop", 0),
+        ("crop_area", (0.5,)),
+        ("crop_area", (0.0, 1.0)),
+        ("crop_area", (0.6, 0.5)),
+        ("crop_area", (0.5, 1.5)),
+        ("crop_area", (0.5, True)),
+        ("crop_area", (float("nan"), 1.0)),
         ("lighting_scale", "deviation"),
         ("scale", 0.0),
         ("scale", float("nan")),

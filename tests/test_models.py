@@ -15,11 +15,16 @@ from models import cpu
 from parallel import Towers
 
 # The recipe of each network, and the smallest images that tests run it on.
-RECIPES = {"alexnet": (alexnet, 67), "cifar": (cifar10, 32), "torchvision": (torchvision, 67)}
+RECIPES = {
+    "alexnet": (alexnet.get_config(), 67),
+    "cifar": (cifar10.get_config(), 32),
+    "cifar_local": (cifar10.get_config("11pct"), 24),
+    "torchvision": (torchvision.get_config(), 67),
+}
 
 
 def model(recipe, **changes):
-    found = RECIPES[recipe][0].get_config().model.to_dict()
+    found = RECIPES[recipe][0].model.to_dict()
     return found | ({"width": 0.0625} if "width" in found else {}) | changes
 
 

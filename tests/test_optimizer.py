@@ -45,6 +45,31 @@ def test_rule_is_the_papers():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, w)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_average_is_of_the_parameters_after_each_update(name):
+    """Of a tenth of the updates at first, then of 1 / (1 − 0.6); the updates themselves stay as they are."""
+    config = alexnet.get_config()
+    config.optimizer.name = name
+    plain = optimizer.build(config)
+    config.optimizer.average = 0.6
+    rule, rates = optimizer.build(config), optimizer.Rates(config, 10.0)
+    params = as_float32(trees())
+    state, other = rule.init(params), plain.init(params)
+    expected = trees()
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam mixes dtypes
+        for step in range(20):
+            of_step = {"rates": rates.tree(params, step)}
+            updates, state = rule.update(as_float32(trees(step)), state, params, **of_step)
+            without, other = plain.update(as_float32(trees(step)), other, params, **of_step)
+            jax.tree.map(np.testing.assert_array_equal, updates, without)
+            params = optax.apply_updates(params, updates)
+            kept = min(0.6, (1 + step) / (10 + step))
+            expected = jax.tree.map(lambda old, now, k=kept: k * old + (1 - k) * np.float64(now), expected, params)
+    found = optax.tree_utils.tree_get(state, "average")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    assert optax.tree_utils.tree_get(other, "average") is None
+
+
 @pytest.mark.parametrize(
     ("epoch", "conv1", "others", "conv1_bias"),
     [

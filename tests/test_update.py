@@ -1,6 +1,7 @@
 """What is measured of a step, against the float64 network of `reference`, on one device and on several."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,6 +63,17 @@ def test_what_is_measured_is_what_the_step_does(devices, per_network):
         assert 0 < dead < 1
         assert metrics.pop(f"dead_units/{name}") == pytest.approx(dead, abs=1e-3), name
     assert not metrics
+
+
+def test_smoothed_targets_are_shared_out():
+    """Against the sum over a written-out target in float64."""
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(6, 5)) * 3, random.integers(0, 5, 6)
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for smoothing in (0.0, 0.1, 0.6):
+        targets = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+        found = update.cross_entropy(jnp.float32(logits), jnp.int32(labels), smoothing)
+        np.testing.assert_allclose(found, -(targets * log).sum(-1), rtol=1e-5)
 
 
 def test_a_kernel_of_zeros_has_no_ratio():

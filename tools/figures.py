@@ -249,11 +249,14 @@ def _neighbours(network: Predictor, records: prepared.Records, queries: list[tup
 def augmented(photo: np.ndarray, records: prepared.Records, options: Any) -> dict[str, list[np.ndarray]]:
     """Training views of a photograph, (crop, crop, 3) uint8: each kind of augmentation that is on, and all together."""
     kinds = {
-        "crops": {"random_crop": options.random_crop and options.crop < records.image_size},
+        "crops": {
+            "random_crop": options.random_crop and bool(options.crop_area or options.crop < records.image_size),
+            "crop_area": options.crop_area,
+        },
         "reflections": {"reflect": options.reflect},
         "lighting": {"lighting_std": options.lighting_std},
     }
-    off = {"random_crop": False, "reflect": False, "lighting_std": 0.0}
+    off = {"random_crop": False, "crop_area": (), "reflect": False, "lighting_std": 0.0}
     on = {title: change for title, change in kinds.items() if any(change.values())}
     alone = {title: dict(options) | off | change for title, change in on.items()}
     together = {"together": dict(options)} if len(on) > 1 else {}
@@ -267,8 +270,10 @@ def _views(photo: np.ndarray, records: prepared.Records, options: Any) -> Iterat
     """The first views of a stream of this photograph alone, with the mean image added again."""
     mean = views.center(records.mean_image, options.crop)
     drawn = input_pipeline.draw_views(records, options, VIEWS, 0, np.arange(VIEWS))
-    for (top, left), reflect, shift, gain in zip(*drawn, strict=True):
-        view = photo[top : top + options.crop, left : left + options.crop]
+    for (top, left, side), reflect, shift, gain in zip(*drawn, strict=True):
+        view = photo[top : top + side, left : left + side]
+        if side != options.crop:
+            view = input_pipeline.resize(view, options.crop).numpy()
         view = view[:, ::-1] if reflect else view
         seen = views.to_input(view[None], records.mean_image, 1.0, shift[None], gain[None])
         yield np.clip(np.round(np.asarray(seen)[0] + mean), 0, 255).astype(np.uint8)

@@ -1,0 +1,155 @@
+"""The networks of 2012's example-layers against the float64 functions of `reference`, and what their recipes say."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+import optimizer
+import reference
+from common.errors import UserError
+from configs import cifar10
+from models import cifar
+
+AROUND = ((2, 2), (2, 2))
+
+
+def local(x, kernel, bias):
+    """A kernel for each place, written out place by place."""
+    _, height, width, channels = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = np.empty((len(x), height, width, kernel.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            window = padded[:, i : i + 3, j : j + 3].reshape(len(x), 9 * channels)
+            y[:, i, j] = window @ kernel[i, j].reshape(9 * channels, -1) + bias[i, j]
+    return y
+
+
+def convolutional(p, x, lrn):
+    def normalized(x):
+        return reference.srn(x, size=3, scale=5e-5 / 9, power=0.75, constant=1.0) if lrn else x
+
+    x = normalized(reference.relu(reference.max_pool(reference.conv(x, *p["conv1"], 1, AROUND), 3, 2)))
+    x = normalized(reference.avg_pool(reference.relu(reference.conv(x, *p["conv2"], 1, AROUND)), 3, 2))
+    return reference.avg_pool(reference.relu(reference.conv(x, *p["conv3"], 1, AROUND)), 3, 2)
+
+
+def convolutional_local(p, x, lrn):
+    def normalized(x):
+        return reference.lrn(x, k=1.0, n=5, alpha=0.001 / 5, beta=0.75) if lrn else x
+
+    for name in ("conv1", "conv2"):
+        x = reference.max_pool(normalized(reference.relu(reference.conv(x, *p[name], 1, AROUND))), 3, 2)
+    for name in ("local3", "local4"):
+        x = reference.relu(local(x, *p[name]))
+    return x
+
+
+REFERENCES = {"cifar": convolutional, "cifar_local": convolutional_local}
+
+
+def case(name, lrn):
+    """A network, parameters of some size, and images; the maps are large enough that normalisation counts."""
+    model = cifar10.get_config("18pct" if name == "cifar" else "11pct").model.to_dict() | {"lrn": lrn}
+    random, side = np.random.default_rng(1), 32 if name == "cifar" else 24
+    images = random.normal(0, 60, (3, side, side, 3))
+    network = models.build(model, None, side)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.float32(images)))["params"]
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.05, leaf.shape), shapes)
+    return network, params, images
+
+
+def logits_of(name, params, images, lrn):
+    pairs = {layer: (leaves["kernel"], leaves["bias"]) for layer, leaves in params.items()}
+    kernel, bias = pairs["fc10"]
+    return REFERENCES[name](pairs, images, lrn).reshape(len(images), -1) @ kernel + bias
+
+
+@pytest.mark.parametrize("lrn", [False, True])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_are_the_references(name, lrn):
+    network, params, images = case(name, lrn)
+    found = network.apply({"params": jax.tree.map(np.float32, params)}, jnp.float32(images))
+    expected = logits_of(name, params, images, lrn)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    other = logits_of(name, params, images, not lrn)
+    assert np.abs(other - expected).max() > 1e-3 * np.abs(expected).max(), "normalisation that does not count"
+
+
+def test_gradients_of_a_local_layer_are_the_references():
+    """Along random directions; the square of a linear layer has exact differences."""
+    random = np.random.default_rng(2)
+    values = {"x": (2, 4, 5, 3), "kernel": (4, 5, 3, 3, 3, 6), "bias": (4, 5, 6)}
+    values = {name: random.normal(size=shape) for name, shape in values.items()}
+    layer = cifar.LocalLayer(6, 3, nn.initializers.zeros, "float32")
+
+    def loss(values):
+        params = {name: values[name] for name in ("kernel", "bias")}
+        return (layer.apply({"params": params}, values["x"]) ** 2).sum()
+
+    gradient = jax.grad(loss)(jax.tree.map(np.float32, values))
+    for name, value in values.items():
+        direction = random.normal(size=value.shape)
+        below, above = ((local(**{**values, name: value + sign * direction}) ** 2).sum() for sign in (-1, 1))
+        assert np.vdot(gradient[name], direction) == pytest.approx((above - below) / 2, rel=1e-4), name
+
+
+def test_sizes_are_those_of_2012():
+    """Maps of 32 → 16 → 8 → 4 pixels and of 24 → 12 → 6; kernels, multiply-adds and initial weights."""
+    shapes = {
+        variant: {row.name: row.kernel for row in models.layer_table(config.model, config.input.crop)}
+        for variant in ("", "18pct", "11pct", "13pct")
+        for config in (cifar10.get_config(variant),)
+    }
+    assert shapes[""] == shapes["18pct"]
+    assert shapes[""] == {
+        "conv1": (5, 5, 3, 32),
+        "conv2": (5, 5, 32, 32),
+        "conv3": (5, 5, 32, 64),
+        "fc10": (1024, 10),
+    }
+    assert shapes["11pct"] == shapes["13pct"]
+    assert shapes["11pct"] == {
+        "conv1": (5, 5, 3, 64),
+        "conv2": (5, 5, 64, 64),
+        "local3": (6, 6, 3, 3, 64, 32),
+        "local4": (6, 6, 3, 3, 32, 32),
+        "fc10": (1152, 10),
+    }
+    rows = {row.name: row for row in models.layer_table(cifar10.get_config("11pct").model, 24)}
+    assert rows["conv2"].multiply_adds == 12 * 12 * 25 * 64 * 64
+    assert rows["local3"].multiply_adds == 36 * 9 * 64 * 32
+    assert rows["local3"].parameters == 36 * (9 * 64 + 1) * 32
+    for variant, deviations in (("18pct", {"conv1": 1e-4, "fc10": 0.01}), ("11pct", {"conv1": 1e-4, "local4": 0.04})):
+        config = cifar10.get_config(variant)
+        network, side = models.build(config.model, None, config.input.crop), config.input.crop
+        params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
+        for layer, deviation in deviations.items():
+            assert float(params[layer]["kernel"].std()) == pytest.approx(deviation, rel=0.05), layer
+
+
+def test_decay_is_that_of_layer_params():
+    """wc of layer-params-18pct.cfg and layer-params-conv-local-11pct.cfg; none for biases."""
+    for variant, expected in (
+        ("18pct", {"conv1": 0.004, "conv2": 0.004, "conv3": 0.004, "fc10": 1}),
+        ("11pct", {"conv1": 0, "conv2": 0, "local3": 0.004, "local4": 0.004, "fc10": 0.004}),
+    ):
+        config = cifar10.get_config(variant)
+        rule, rates = optimizer.build(config), optimizer.Rates(config, 390.0)
+        params = {layer: {"kernel": np.ones(3, np.float32), "bias": np.ones(1, np.float32)} for layer in expected}
+        rates.check(params)
+        zeros = jax.tree.map(np.zeros_like, params)
+        updates, _ = rule.update(zeros, rule.init(params), params, rates=rates.tree(params, 0))
+        for layer, decay in expected.items():
+            np.testing.assert_allclose(updates[layer]["kernel"], -0.001 * decay, rtol=1e-6, err_msg=layer)
+            np.testing.assert_array_equal(updates[layer]["bias"], 0)
+
+
+def test_a_layer_that_is_not_there_has_no_decay():
+    config = cifar10.get_config("18pct")
+    config.optimizer.layer_decay = (("fc1", 1.0),)
+    with pytest.raises(UserError, match=r"optimizer\.layer_decay names 'fc1', .*did you mean fc10"):
+        optimizer.Rates(config, 390.0).check({"conv1": {"kernel": 0, "bias": 0}, "fc10": {"kernel": 0, "bias": 0}})
