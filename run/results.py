@@ -1,4 +1,10 @@
-"""The figures of a sweep: means over seeds, and differences from the base, or ratios, with their intervals."""
+"""The figures of a sweep: means over seeds, and differences from the base, or ratios, with their intervals.
+
+Differences are paired by seed, because runs with one seed share their initial weights, their order of images and their
+views. Three pairs alone say little of their spread. So it is taken from all arms that were trained: a value is the sum
+of an effect of its arm, one of its seed, and noise that is the same for all (analysis of variance, two ways without
+replication). With two arms the interval is that of Student's paired test.
+"""
 
 import csv
 import dataclasses
@@ -7,6 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from scipy import stats
 
 from configs.sweeps import Lines, Measure, Sweep
@@ -24,7 +31,8 @@ class Row:
       deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
       difference: the mean over the seeds that the base has too of arm minus base, or of arm / base if the measure is
         compared by ratio; None without such seeds.
-      margin: half of the interval of `difference` (CONFIDENCE, Student's t over pairs); None with fewer than two pairs.
+      margin: half of the interval of `difference` (CONFIDENCE, Student's t); None if too few runs say how they spread.
+        Ratios, and arms that read the base's runs, have the spread of their own pairs.
       published: that of the paper or a log of 2012, or None.
     """
 
@@ -53,14 +61,16 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
             read, trained = arm.reads.get(measure.name, measure.read), base if arm.reads else name
             found_in = {seed: read(lines) for (of, seed), lines in sorted(finished.items()) if of == trained}
             values[name] = {seed: value for seed, value in found_in.items() if value is not None}
+        noise, freedom = _noise([values[name] for name, arm in sweep.arms.items() if not arm.reads])
         for name, arm in sweep.arms.items():
             pairs = _compared(measure, values[name], values[base])
             mean, deviation = _spread(list(values[name].values()))
-            difference, spread = _spread(pairs if name != base else [])
+            difference, own = _spread(pairs if name != base else [])
+            pooled = not (measure.ratio or arm.reads)
+            spread, degrees = (math.sqrt(2) * noise, freedom) if pooled else (own, len(pairs) - 1)
             margin = None
-            if spread is not None:
-                quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)
-                margin = float(quantile) * spread / math.sqrt(len(pairs))
+            if difference is not None and degrees > 0:
+                margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * spread / math.sqrt(len(pairs))
             published = arm.published.get(measure.name)
             found.append(Row(name, measure, values[name], mean, deviation, difference, margin, published))
     return found
@@ -104,6 +114,22 @@ def _compared(measure, values, base):
     """Arm minus base, or their ratio, of each seed that both have."""
     pairs = [(value, base[seed]) for seed, value in values.items() if seed in base]
     return [value / zero if measure.ratio else value - zero for value, zero in pairs]
+
+
+def _noise(arms: Sequence[Mapping[int, float]]) -> tuple[float, int]:
+    """How values, {seed: value} by arm, spread about the sum of an effect of the arm and one of the seed.
+
+    Returns:
+      The standard deviation and its degrees of freedom; 0 and 0 if there are none.
+    """
+    runs = [(arm, seed, value) for arm, values in enumerate(arms) for seed, value in values.items()]
+    if not runs:
+        return 0.0, 0
+    of_arm, of_seed, found = map(np.array, zip(*runs, strict=True))
+    effects = np.hstack([of_arm[:, None] == np.unique(of_arm), of_seed[:, None] == np.unique(of_seed)]).astype(float)
+    fitted, _, rank, _ = np.linalg.lstsq(effects, found)
+    freedom = len(runs) - int(rank)
+    return (math.sqrt(np.sum((found - effects @ fitted) ** 2) / freedom), freedom) if freedom else (0.0, 0)
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -28,6 +28,10 @@ def lines(*errors):
     return [{"step": step, "epoch": float(step), "test/top1_error": error} for step, error in enumerate(errors)]
 
 
+def worse(lines):
+    return last("test/top1_error")(lines) + 0.25
+
+
 def sweep(**changes):
     return Sweep(
         "configs/demo.py", {"base": Arm(), "other": Arm({"model.lrn": False}, {"error": 0.02})}, [BOUND], **changes
@@ -49,6 +53,28 @@ def test_differences_are_those_of_a_paired_test():
     assert f"| other | 5 | {other.mean():.1%}".replace("%", "") in table and "| +2.0 | `model.lrn=False` |" in table
     _, written = csv.DictReader(results.to_csv([zero, row]).splitlines())
     assert float(written["low"]) == pytest.approx(test.low) and written["values"].startswith("0:")
+
+
+def test_the_noise_is_that_of_all_arms():
+    """Against the sums of squares of a balanced table; and 95 of 100 intervals have the true difference in them."""
+    names, effects, seeds = ("base", "other", "third", "fourth"), np.array([0.0, 0.02, 0.05, -0.01]), 3
+    found = dataclasses.replace(sweep(), arms={name: Arm() for name in names} | {"read": Arm(reads={"error": worse})})
+    rng, inside, tables = np.random.default_rng(0), 0, 400
+    for _ in range(tables):
+        values = 0.5 + effects[:, None] + rng.normal(0, 0.05, seeds) + rng.normal(0, 0.01, (4, seeds))
+        finished = {(name, seed): lines(values[i, seed]) for i, name in enumerate(names) for seed in range(seeds)}
+        _, *rows, read = results.rows(found, finished)
+        inside += sum(abs(row.difference - effect) <= row.margin for row, effect in zip(rows, effects[1:], strict=True))
+    rest = values - values.mean(0) - values.mean(1)[:, None] + values.mean()
+    variance = np.sum(rest**2) / (3 * 2)
+    margin = stats.t.ppf(0.975, 6) * np.sqrt(2 * variance / seeds)
+    assert [row.margin for row in rows] == pytest.approx([margin] * 3)
+    assert 0.93 < inside / (3 * tables) < 0.97
+    assert read.margin == pytest.approx(0.0, abs=1e-9), "what it reads always differs as much"
+
+    del finished["third", 2]  # an arm with fewer runs has a wider interval
+    _, other, third, *_ = results.rows(found, finished)
+    assert third.margin == pytest.approx(other.margin * np.sqrt(3 / 2))
 
 
 def test_ratios_are_those_of_each_seed():
@@ -94,9 +120,10 @@ def test_every_claim_is_a_network(variant):
         config = cli.load_config(str(runs.ROOT / found.config))
         for field, value in (found.overrides | arm.overrides).items():
             with config.unlocked():
-                section, name = field.split(".")
-                assert type(config[section][name]) is type(value), field
-                config[section][name] = value
+                *section, name = field.split(".")
+                of = config[section[0]] if section else config
+                assert type(of[name]) is type(value), field
+                of[name] = value
         models.build(config.model, None, config.input.crop)
         seen.add(str(config))
     assert len(seen) == len(trained)
