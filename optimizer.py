@@ -3,7 +3,7 @@
     v ← momentum · v − weight_decay · ε · w − ε · g        w ← w + v
 
 The rate ε is *inside* the velocity, so after a change of ε the old velocity fades out; optimizers that keep ε outside
-rescale it at once. Decay acts on kernels only, as in the source of 2012.
+rescale it at once. Decay acts on kernels only, as in the source of 2012; a layer can have its own.
 """
 
 import math
@@ -115,13 +115,13 @@ class Rates:
 def build(config) -> optax.GradientTransformationExtraArgs:
     """The update rule of a config's `optimizer` section; its `update` also needs `rates`, a tree of `Rates.tree`.
 
-    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons. With `optimizer.average`, the state also
-    has an `Average`.
+    'sgd' is the paper's. 'adam' is AdamW with the same rates, for comparisons. With `optimizer.average` the state has
+    an `Average` too, and `update` needs `step`, the number of updates before.
     """
     options = config.optimizer
     of_layers = dict(options.layer_decay)
     decay = [_decay(options.weight_decay, lambda layer: layer not in of_layers)]
-    decay += [_decay(value, layer.__eq__) for layer, value in of_layers.items()]
+    decay += [_decay(value, lambda layer, name=name: layer == name) for name, value in of_layers.items()]
     if options.name == "adam":
         parts = [optax.scale_by_adam(b1=options.momentum), *decay, _scale_by_rates()]
     else:
@@ -148,31 +148,28 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
 
 
 class Average(NamedTuple):
-    """An exponential average of the parameters after each update.
+    """The exponential average of the parameters after each update.
+
+    Those of an update count `optimizer.average` times as much as those of the next. The initial ones do not count
+    (Kingma and Ba 2015, section 3, correct the bias of an average in this way).
 
     Attributes:
-      count: the number of updates so far.
-      average: of the parameters, a tree of their structure.
+      params: a tree of the structure of the parameters.
     """
 
-    count: Any
-    average: Any
+    params: Any
 
 
-def _average(most: float) -> optax.GradientTransformationExtraArgs:
-    """Keeps an `Average`, which keeps `most` of itself at an update, and less during the first ones."""
+def _average(kept: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps an `Average`; its `update` also needs `step`, the number of updates before this one."""
 
-    def init(params):
-        return Average(jnp.int32(0), params)
+    def update(updates, state, params, *, step, **_):
+        # (1 − kept) / (1 − kept^(step + 1)), the share of the newest: 1 at first, then 1/2, and 1 − kept in the end.
+        new = (1 - kept) / -jnp.expm1(math.log(kept) * (jnp.asarray(step, jnp.float32) + 1))
+        average = jax.tree.map(lambda old, w, u: old + new * (w + u - old), state.params, params, updates)
+        return updates, Average(average)
 
-    def update(updates, state, params, **_):
-        count = state.count.astype(jnp.float32)
-        # The initial weights are gone after few updates: the average covers a tenth of the updates at first.
-        new = 1 - jnp.minimum(most, (1 + count) / (10 + count))
-        average = jax.tree.map(lambda old, w, u: old + new * (w + u - old), state.average, params, updates)
-        return updates, Average(state.count + 1, average)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(Average, update)
 
 
 class Plateau(NamedTuple):

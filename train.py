@@ -210,7 +210,7 @@ class Trainer:
           {name: (N, H, W, 3) uint8}; without inputs before the first step of this process.
         """
         config, layout, first = self.run.config, self.run.layout, self._first_layer
-        kernel = layout.merge(self.state.params[first]["kernel"], self.run.shapes.params[first]["kernel"])
+        kernel = layout.merge(self.state.evaluated[first]["kernel"], self.run.shapes.params[first]["kernel"])
         found = {f"kernels/{first}": grids.stack(grids.kernels(kernel, config.model.towers))[None]}
         if self._batch:
             rows = {name: np.concatenate(parallel.addressable(leaf))[:8] for name, leaf in self._batch.items()}

@@ -26,7 +26,8 @@ class State:
     @property
     def evaluated(self) -> Any:
         """The parameters that are evaluated and used: their average over the updates, if the optimizer has one."""
-        return optax.tree_utils.tree_get(self.opt_state, "average", self.params)
+        averages = [part.params for part in self.opt_state if isinstance(part, optimizer.Average)]
+        return averages[0] if averages else self.params
 
 
 def build_network(config, layout: parallel.Layout | None = None):
@@ -83,10 +84,11 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
             )
             activations.popitem()  # the logits
             with jax.named_scope("loss"):
-                loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
+                # What is recorded can be compared with the loss of an evaluation, which is not smoothed.
+                loss, smoothed = map(jnp.mean, cross_entropy(logits, batch["label"], config.label_smoothing))
                 top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
             # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
-            return loss / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
+            return smoothed / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
 
         gradients, (values, activations) = jax.grad(loss_of, has_aux=True)(state.params)
         gradients, values = layout.mean((gradients, values))
@@ -103,7 +105,7 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
         @jax.named_scope("update")
         def update(gradients, opt_state, params):
             updates, opt_state = rule.update(
-                gradients, opt_state, params, rates=rates.tree(params, state.step, rate_factor)
+                gradients, opt_state, params, rates=rates.tree(params, state.step, rate_factor), step=state.step
             )
             return optax.apply_updates(params, updates), opt_state
 
@@ -113,16 +115,21 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
     return layout.map(step, donate=(0,), broadcast=(2, 3))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """The cross-entropy of each example in nats, (N,), of (N, classes) logits and (N,) labels.
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy of each example in nats, by its label and by its smoothed target.
 
-    `smoothing` is the share of the target that all classes get alike, the label among them (Szegedy et al. 2016).
+    Args:
+      logits, labels: (N, classes) and (N,).
+      smoothing: the share of the target that all classes get alike, the label among them (Szegedy et al. 2016).
+
+    Returns:
+      Both, (N,). They are the same array without smoothing.
     """
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if not smoothing:
-        return loss
+        return loss, loss
     of_all = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
-    return (1 - smoothing) * loss + smoothing * of_all
+    return loss, (1 - smoothing) * loss + smoothing * of_all
 
 
 def build_weigh(layout: parallel.Layout):

@@ -151,7 +151,7 @@ class Raw:
         self._graph = tf.function(self._decode_all, reduce_retracing=True, autograph=False)
 
     def view(self, number: int) -> np.ndarray:
-        """One decoded window, (crop, crop, 3) uint8."""
+        """One decoded window, (side, side, 3) uint8."""
         return self._decode(self.encoded[number], self.windows[number]).numpy()
 
     def _decode(self, encoded, window):

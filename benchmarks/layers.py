@@ -100,7 +100,7 @@ def parts(config: Any) -> list[Part]:
 
     def new_state(state, gradients):
         found = rates.tree(state.params, state.step)
-        updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=found)
+        updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=found, step=state.step)
         return optax.apply_updates(state.params, updates), opt_state
 
     found.append(Part("update", new_state, state, (jax.tree.map(_shape, state.params),), gradient_of_inputs=False))

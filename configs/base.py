@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 256
     config.num_epochs = 0.0
     config.num_steps = 0  # if not 0, counts instead of num_epochs
-    config.label_smoothing = 0.0  # share of each target that all classes get alike; the label gets the rest
+    config.label_smoothing = 0.0  # share of each training target that all classes get alike
     # How often, in epochs or in steps; steps count if they are not 0. 0 and 0: after the last step only.
     config.log_every = dict(epochs=0.0, steps=100)
     config.eval_every = dict(epochs=1.0, steps=0)
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.input = dict(
         resize=256,  # pixels, shorter side; then the central square
         crop=224,  # pixels
-        crop_area=(),  # (least, most) share of the record that a training view shows, made `crop` pixels; () is crop²
+        crop_area=(),  # (least, most) share of a record in a training view, resized to `crop`; () resizes nothing
         random_crop=False,
         reflect=False,
         scale=1.0,  # multiplies the pixels after the mean is subtracted; 1 leaves them in 0–255
@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.0,  # of kernels
         layer_decay=(),  # that of single layers in its place: (('fc10', 1.0), …)
         bias_rate=1.0,  # the biases' learning rate, relative to the kernels'
-        average=0.0,  # how much an average of the parameters keeps at an update, such as 0.999; 0 takes no average
+        average=0.0,  # of the parameters: how much each counts beside the next, such as 0.999; 0 is the last ones alone
     )
     config.schedule = dict(
         name="constant",  # 'constant', 'steps', 'cosine' or 'plateau'; see `optimizer.schedule`

@@ -11,11 +11,13 @@ before comparing.
     python main.py --config=configs/cifar10.py:18pct --workdir=runs/cifar_18pct
     python main.py --config=configs/cifar10.py:11pct --workdir=runs/cifar_11pct
 
-These follow layers-18pct.cfg and layers-conv-local-11pct.cfg, whose names are their test errors, and `:13pct` follows
-the latter without normalisation: they are the networks of the paper's section 3.3. The first trains on whole images,
-the others on random crops of 24 pixels and their reflections, tested with ten views. The source trained these on four
-of the five batches for some 300 epochs, then on all five for 150, and lowered the rate twice for ten epochs each; here
-it is all five batches from the start. The test images are looked at once, at the end.
+These follow layers-18pct.cfg and layers-conv-local-11pct.cfg of cuda-convnet, whose names are their test errors, with
+their layer-params (https://github.com/dnouri/cuda-convnet keeps them; cuda-convnet2 has a wider network of the second
+name). `:13pct` is the second without normalisation: these two are the networks of the paper's section 3.3. The first
+recipe trains on whole images, the others on random crops of 24 pixels and their reflections, tested with ten views. The
+source trained these on four of the five batches for some 300 epochs, then on all five for 150, and lowered the kernels'
+rate twice for ten epochs each; here it is all five batches from the start. The test images are looked at once, at the
+end. None of the three has been trained to its end here.
 
 `--config.dataset.name=data/cifar10` takes a folder of 32×32 images instead of the TFDS set. Records of 32×32 are stored
 as PNG, without loss.
@@ -63,5 +65,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.input.update(crop=24, random_crop=True, reflect=True)
         config.optimizer.layer_decay = (("conv1", 0.0), ("conv2", 0.0))
         config.num_epochs = 470.0
-        config.schedule.factors = ((450.0, 0.1), (460.0, 0.01))
+        config.schedule.layers = (("kernel", ((450.0, 0.1), (460.0, 0.01))),)  # the source lowers `epsW` alone
     return config

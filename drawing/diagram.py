@@ -47,7 +47,7 @@ def diagram(rows: Sequence[Any], towers: int, image_size: int) -> Figure:
                 line = TOWERS[centres.index(start)] if number > 1 else INPUT
                 axes.plot([start, x], [y - HIGH, y], color=line, lw=1, ls=(0, (3, 2)) if crossing else "-", zorder=0)
             _block(axes, (x, y), shape, image_size, largest, colour)
-            seen = "×".join(map(str, row.kernel[:-1]))
+            seen = "×".join(map(str, row.kernel[-4:-1]))  # with a kernel for each place, the places come before
             side = "right" if towers == 2 and tower == 0 else "left"
             at = x - 0.75 if side == "right" else x + 0.75
             _label(axes, at, y, side, row.name, "×".join(map(str, shape)), f"kernels {seen}")

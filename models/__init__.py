@@ -14,8 +14,9 @@ for configs that were stored before. All networks have `num_classes`, `towers` (
 `initial_weights` is `model.init` in the config, because `init` is a method of every Flax module. The types are bool,
 int, float, str and tuple. `validate(image_size)` raises `UserError` for values that cannot work.
 
-**Parameters.** {layer: {'kernel', 'bias'}}, float32, initialised with all towers in one place. Every leaf is sharded on
-its last axis: with the towers on two devices, tower 0 holds the first half of the output maps and tower 1 the second.
+**Parameters.** {layer: {'kernel', 'bias'}}, float32. A kernel is (C, F), (h, w, C, F), or (H, W, h, w, C, F) with one
+for each place of the maps. They are initialised with all towers in one place. Every leaf is sharded on its last axis:
+with the towers on two devices, tower 0 holds the first half of the output maps and tower 1 the second.
 The last layer gives the logits.
 
 **Towers.** Before a layer whose input is the maps of all towers, the network calls `placement.join` and records the
@@ -164,7 +165,7 @@ def layer_table(model, image_size: int) -> list[Row]:
                 output=output,
                 kernel=kernel,
                 parameters=sum(math.prod(leaf.shape) for leaf in params[name].values()),
-                # A local layer has a kernel for each place.
+                # With a kernel for each place, the kernel's size counts the places.
                 multiply_adds=math.prod(kernel) * (1 if len(kernel) == 6 else math.prod(output[:-1])),
                 exchange=sum(math.prod(x.shape[1:]) // network.towers for x in (*joined, *across)),
                 joined=bool(joined),

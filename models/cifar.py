@@ -2,7 +2,8 @@
 
 `CifarNet` is layers-19pct.cfg, and with `lrn=True` layers-18pct.cfg. Without normalisation it is the best candidate for
 the network of the paper's figure 1, which the paper does not name. `CifarLocalNet` is layers-conv-local-13pct.cfg, and
-with `lrn=True` layers-conv-local-11pct.cfg: the four-layer network of 13 % and 11 % in section 3.3.
+with `lrn=True` layers-conv-local-11pct.cfg: the four-layer network of 13 % and 11 % in section 3.3. The sources are
+those of cuda-convnet, which configs/cifar10.py names.
 """
 
 import flax.linen as nn
@@ -138,7 +139,7 @@ class CifarNet(_Network):
 class CifarLocalNet(_Network):
     """conv5×5×64 → act → max-pool → conv5×5×64 → act → max-pool → local3×3×32 → act → local3×3×32 → act → fc10.
 
-    Pools are 3/2. `lrn` normalises across five maps before each of them.
+    Pools are 3/2. `lrn` normalises across five maps before each pooling.
     """
 
     def setup(self):

@@ -1,9 +1,10 @@
 """The figures of a sweep: means over seeds, and differences from the base, or ratios, with their intervals.
 
-Differences are paired by seed, because runs with one seed share their initial weights, their order of images and their
-views. Three pairs alone say little of their spread. So it is taken from all arms that were trained: a value is the sum
-of an effect of its arm, one of its seed, and noise that is the same for all (analysis of variance, two ways without
-replication). With two arms the interval is that of Student's paired test.
+Differences are paired by seed, because runs with one seed share their order of images, and most of them their initial
+weights and their views. Three pairs alone say little of their spread. So it is taken from all arms that were trained: a
+value is the sum of an effect of its arm, one of its seed, and noise that is the same for all (analysis of variance, two
+ways without replication). With two arms the interval is that of Student's paired test. An arm that spreads more than
+the others has too narrow an interval, and widens theirs: look at the deviations beside the means.
 """
 
 import csv

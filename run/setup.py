@@ -153,11 +153,10 @@ def _open_workdir(run: Run) -> None:
     if restored:
         return
     state = jax.device_get(update.init_state(run.config))
-    params = flax.traverse_util.flatten_dict(state.params)
     if taken_over:
+        params = flax.traverse_util.flatten_dict(state.params)
         new = sorted("/".join(path) for path in params.keys() - taken_over.keys())
         print(f"From {run.config.init_from}: all parameters" + (f" but {', '.join(new)}." if new else "."))
-    if taken_over:
         state = jax.device_get(update.begin(run.config, flax.traverse_util.unflatten_dict(params | taken_over)))
     run.state = state
 
@@ -231,7 +230,10 @@ def check_memory(config, shapes: update.State, process_count: int = 1) -> None:
     sizes = [f for f in ("width", "features", "num_classes", "pool_stride") if f in config.model]
     network = ", ".join(f"model.{field}={shown(config.model[field])}" for field in sizes)
     needs = (
-        (size(shapes) + size(shapes.params), f"the network, its velocity and gradients ({network}, input.crop={crop})"),
+        (
+            size(shapes) + size(shapes.params),
+            f"the network, the optimizer's state and gradients ({network}, input.crop={crop})",
+        ),
         (
             -(-config.batch_size // process_count) * per_view,
             f"training (batch_size={config.batch_size}, input.crop={crop})",

@@ -99,9 +99,16 @@ def _config(content: dict[str, Any], workdir: str | pathlib.Path) -> ml_collecti
     try:
         config = ml_collections.ConfigDict(schema.completed(content))
         to_json(config)  # fails for what JSON cannot store again
-        return config
+        model = content.get("model", {})
+        changed = "label_smoothing" not in content and model.get("name") == "cifar" and model.get("lrn")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{pathlib.Path(workdir) / 'config.json'} is damaged: {str(error).rstrip('.')}.") from None
+    if changed:
+        raise UserError(
+            f"{workdir} was begun when model.lrn of the network cifar normalised across maps, and now it normalises "
+            f"within each map; use the version of this code that began it."
+        )
+    return config
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...], places: tuple[str, str]) -> str:

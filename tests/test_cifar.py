@@ -131,6 +131,30 @@ def test_sizes_are_those_of_2012():
             assert float(params[layer]["kernel"].std()) == pytest.approx(deviation, rel=0.05), layer
 
 
+def test_rates_and_epochs_are_those_of_layer_params():
+    """layer-params-18pct.cfg lowers all rates after 120 epochs and after ten more; the other's lowers `epsW` alone."""
+    expected = {
+        "18pct": (140, {0: (1e-3, 2e-3), 119: (1e-3, 2e-3), 120: (1e-4, 2e-4), 130: (1e-5, 2e-5)}),
+        "11pct": (470, {0: (1e-3, 2e-3), 449: (1e-3, 2e-3), 450: (1e-4, 2e-3), 460: (1e-5, 2e-3)}),
+    }
+    for variant, (epochs, rates) in expected.items():
+        config = cifar10.get_config(variant)
+        assert (config.num_epochs, config.optimizer.momentum, config.batch_size) == (epochs, 0.9, 128)
+        found = optimizer.Rates(config, 10.0)
+        for epoch, pair in rates.items():
+            tree = found.tree({"conv1": {"kernel": 0, "bias": 0}}, 10 * epoch)["conv1"]
+            assert (float(tree["kernel"]), float(tree["bias"])) == pytest.approx(pair), (variant, epoch)
+
+
+def test_only_whole_images_or_random_crops_of_24():
+    """And which of the networks normalise."""
+    of = {variant: cifar10.get_config(variant) for variant in ("18pct", "13pct", "11pct")}
+    assert [of[variant].model.lrn for variant in of] == [True, False, True]
+    assert [of[variant].model.name for variant in of] == ["cifar", "cifar_local", "cifar_local"]
+    views = {variant: (c.input.crop, c.input.random_crop, c.input.reflect) for variant, c in of.items()}
+    assert views == {"18pct": (32, False, False), "13pct": (24, True, True), "11pct": (24, True, True)}
+
+
 def test_decay_is_that_of_layer_params():
     """wc of layer-params-18pct.cfg and layer-params-conv-local-11pct.cfg; none for biases."""
     for variant, expected in (

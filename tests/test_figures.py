@@ -96,10 +96,22 @@ def test_augmentation_is_that_of_training(workdir):
         assert np.ptp(change, axis=(0, 1)).max() <= 1
 
 
+def test_views_of_random_areas_are_shown(workdir):
+    options = base.get_config().input
+    options.update(resize=80, crop=40, random_crop=True, crop_area=(0.3, 1.0))
+    photo = np.broadcast_to(np.arange(80, dtype=np.uint8)[None, :, None] * 3, (80, 80, 3))
+    (shown,) = figures.augmented(photo, Predictor(workdir).records, options).values()
+    slopes = [np.ptp(view[20, :, 0].astype(int)) for view in shown]  # how much of the width a view has
+    assert all(view.shape == (40, 40, 3) for view in shown)
+    assert min(slopes) > 3 * (np.sqrt(0.3) * 80 - 4)
+    assert len(set(slopes)) > 2
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({}, []),
+        ({"crop_area": (0.5, 1.0)}, ["crops"]),
         ({"reflect": True}, ["reflections"]),
         ({"random_crop": True, "crop": 80}, []),  # there is one crop only
         ({"random_crop": True, "lighting_std": 0.1}, ["crops", "lighting", "together"]),

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import optimizer
+import update
 from common.errors import UserError
 from configs import alexnet, alexnet_2012
 
@@ -47,27 +48,28 @@ def test_rule_is_the_papers():
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_the_average_is_of_the_parameters_after_each_update(name):
-    """Of a tenth of the updates at first, then of 1 / (1 − 0.6); the updates themselves stay as they are."""
+    """Each update's parameters weigh 0.9 of the next one's, and the initial ones nothing; updates stay as they are."""
     config = alexnet.get_config()
     config.optimizer.name = name
     plain = optimizer.build(config)
-    config.optimizer.average = 0.6
+    config.optimizer.average = 0.9
     rule, rates = optimizer.build(config), optimizer.Rates(config, 10.0)
     params = as_float32(trees())
     state, other = rule.init(params), plain.init(params)
-    expected = trees()
+    after = []
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam mixes dtypes
         for step in range(20):
             of_step = {"rates": rates.tree(params, step)}
-            updates, state = rule.update(as_float32(trees(step)), state, params, **of_step)
+            updates, state = rule.update(as_float32(trees(step)), state, params, **of_step, step=np.int32(step))
             without, other = plain.update(as_float32(trees(step)), other, params, **of_step)
             jax.tree.map(np.testing.assert_array_equal, updates, without)
             params = optax.apply_updates(params, updates)
-            kept = min(0.6, (1 + step) / (10 + step))
-            expected = jax.tree.map(lambda old, now, k=kept: k * old + (1 - k) * np.float64(now), expected, params)
-    found = optax.tree_utils.tree_get(state, "average")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
-    assert optax.tree_utils.tree_get(other, "average") is None
+            after.append(params)
+    weights = 0.9 ** np.arange(19, -1, -1)
+    expected = jax.tree.map(lambda *all_: np.average(np.float64(all_), axis=0, weights=weights), *after)
+    whole = update.State(step=np.int32(20), params=params, opt_state=state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole.evaluated, expected)
+    assert whole.replace(opt_state=other).evaluated is params
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,40 @@ def test_resumed_run_is_bit_identical(folder, whole):
     assert losses[0] == losses[1]
 
 
+def test_an_average_is_evaluated_resumed_and_taken_over(folder):
+    """Also with smoothed targets, other decays and views of random areas, with a tower on each of two devices."""
+    changes = [
+        "--config.optimizer.average=0.9",
+        "--config.optimizer.layer_decay=(('fc8', 0.01),)",
+        "--config.label_smoothing=0.1",
+        "--config.input.crop_area=(0.25, 1.0)",
+    ]
+    once, twice = folder / "averaged", folder / "averaged_twice"
+    runs.run(folder, once, "--config.num_steps=10", *changes)
+    runs.run(folder, twice, "--config.num_steps=5", *changes)
+    runs.run(folder, twice, "--config.num_steps=10", *changes)
+    mine, theirs = runs.parameters(once, 10), runs.parameters(twice, 10)
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    network = predictor.Predictor(once, views="centre", step=10)
+    (average,) = (leaf for name, leaf in mine.items() if "opt_state" in name and name.endswith("params/fc8/kernel"))
+    np.testing.assert_array_equal(network.params["fc8"]["kernel"], average)
+    assert np.abs(average - mine["params/fc8/kernel"]).max() > 1e-5
+    records = prepared.Records.open(network.records.directory)
+    totals = network.totals(input_pipeline.eval_batches(records, "test", batch_size=network.batch_size))
+    (measured,) = (line for line in runs.metrics(once) if line["step"] == 10 and "eval/loss" in line)
+    assert evaluate.errors(totals)["loss"] == pytest.approx(measured["eval/loss"], rel=1e-4)
+    # A run that begins from it begins, and averages, from its average.
+    begun = folder / "from_averaged"
+    still = ["--config.optimizer.learning_rate=0.0", "--config.num_steps=1", f"--config.init_from={once}"]
+    runs.run(folder, begun, *changes, *still)
+    found, best = runs.parameters(begun, 1), predictor.Predictor(once).params["fc6"]["kernel"]
+    both = [name for name in found if name.endswith("params/fc6/kernel")]
+    assert len(both) == 2
+    for name in both:
+        np.testing.assert_allclose(found[name], best, rtol=1e-6, err_msg=name)
+
+
 def test_finished_run_says_so_and_stays_as_it_is(folder, whole):
     before, seen = (whole[0] / "metrics.jsonl").read_text(), set(whole[0].glob("events*"))
     assert "Done: 10 steps" in runs.run(folder, whole[0], "--config.num_steps=10").stdout

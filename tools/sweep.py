@@ -2,7 +2,8 @@
 
 A sweep is a file under configs/sweeps/ with arms (overrides of one recipe) and seeds. Each run is a process of main.py
 with its own folder, WORKDIR/ARM/seed-N, and what it says is in log.txt there. After each run, WORKDIR has results.md,
-results.csv and pictures: means over the seeds, and differences from the first arm with 95 % intervals, paired by seed.
+results.csv and pictures: means over the seeds, and differences from the first arm with 95 % intervals, paired by
+seed; how much such differences spread is taken from all arms.
 
 Overrides such as --config.dataset.name=imagenet2012 hold for all arms. The same command goes on with a sweep that was
 stopped: finished runs are left as they are, and others continue from their last checkpoint. A run that fails stops no
