@@ -39,7 +39,7 @@ command = sys.argv = [sys.argv[1]]
 sys.path.insert(0, os.path.dirname(command[0]))
 import main, checkpoint, train
 import tensorflow, tensorflow_datasets
-from configs import alexnet, alexnet_2012, cifar10
+from configs import alexnet, alexnet_2012
 from datasets import prepared, sources
 from run import setup
 
