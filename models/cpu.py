@@ -18,11 +18,12 @@ from common import host
 from models import default, layers, winograd
 from models.layers import sum_dtype
 
-# Of a chunk. Each core's share of patches and tiles stays in its second cache; some work on maps has one core. So the
-# order of a gradient's sums, and its last bits, depend on the number of cores.
-PATCHES_BYTES = host.cores() << 20
-MAPS_BYTES = 1 << 20
-TILES_BYTES = host.cores() << 21
+# Of a chunk. What a core has of it stays in its second cache, or nearly: chunks smaller than half a megabyte cost more
+# than they save. Some work on maps has one core. So the order of a gradient's sums, and its last bits, depend on the
+# number of cores and on the cache.
+MAPS_BYTES = max(host.second_cache() // 2, 1 << 19)
+PATCHES_BYTES = host.cores() * MAPS_BYTES
+TILES_BYTES = 2 * host.cores() * MAPS_BYTES
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
 # With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.

@@ -254,7 +254,7 @@ def test_every_arm_is_in_the_table_with_what_was_published():
     arms = claims.get_sweep().arms
     table = re.search(r"^\| the paper or a log .*?\n\n", REPRODUCTION.read_text(), re.M | re.S)[0]
     found = {}
-    for _, published, cell in (row.strip("| \n").split(" | ") for row in table.strip().splitlines()[2:]):
+    for _, published, cell, *_ in (row.strip("| \n").split(" | ") for row in table.strip().splitlines()[2:]):
         numbers = [float(number.replace("−", "-")) for number in re.findall(r"[+−]\d+(?:\.\d+)?(?= |,|$)", published)]
         found |= dict.fromkeys(re.findall(r"`(\w+)`", cell), numbers)
     known = {

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import reference
+from common import host
 from models import cpu, layers, ops, winograd
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
@@ -371,3 +372,13 @@ def test_memory_of_the_first_layer():
 def test_impossible_geometry_is_named(module, name, shapes, options, message):
     with pytest.raises(ValueError, match=message):
         getattr(module, name)(*map(jnp.ones, shapes), **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "size"), [("512K\n", 1 << 19), ("2048K\n", 1 << 21), ("1M", 1 << 20), ("", 1 << 20), ("x", 1 << 20)]
+)
+def test_the_second_cache_is_what_linux_says(tmp_path, monkeypatch, content, size):
+    monkeypatch.setattr(host, "_CACHE", tmp_path / "size")
+    assert host.second_cache() == 1 << 20, "no such file"
+    (tmp_path / "size").write_text(content)
+    assert host.second_cache() == size
