@@ -121,7 +121,8 @@ def _noise(arms: Sequence[Mapping[int, float]]) -> tuple[float, int]:
     """How values, {seed: value} by arm, spread about the sum of an effect of the arm and one of the seed.
 
     Returns:
-      The standard deviation and its degrees of freedom; 0 and 0 if there are none.
+      The standard deviation, and its degrees of freedom: how many runs there are beyond those that fix the effects.
+      Without such runs both are 0.
     """
     runs = [(arm, seed, value) for arm, values in enumerate(arms) for seed, value in values.items()]
     if not runs:
