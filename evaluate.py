@@ -5,7 +5,7 @@ The devices get whole records and cut the views themselves, so that each image c
 
 import collections
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -59,31 +59,34 @@ def build(network, layout: Layout, mean_image: np.ndarray, options: Any, which: 
 
     def step(params, batch):
         batch = layout.gather_rows(batch)
-        softmax = softmax_of(params, batch["image"])
-        classes = softmax.shape[-1]
-        label = jax.nn.one_hot(batch["label"], classes)
-        right = jnp.sum(softmax * label, -1)
-        # A rival that is equal or not a number counts against the network, so that constant outputs are never right.
-        rivals = jnp.sum(~(softmax < right[:, None]), -1) - 1
-        mask = batch["mask"]
-        wrong = jnp.where(rivals >= 1, mask, 0)
-        loss = -jnp.log(jnp.maximum(right, jnp.finfo(jnp.float32).tiny))
-        sums = {
-            "loss": jnp.sum(jnp.where(mask > 0, loss, 0)),
-            "top1": jnp.sum(wrong),
-            "top5": jnp.sum(jnp.where(rivals >= min(5, classes), mask, 0)),
-            "examples": jnp.sum(mask),
-            "class_examples": mask @ label,
-            "class_errors": wrong @ label,
-        }
-        if confusion:
-            # If an example is wrong, its prediction is another class, even where that one is only as probable.
-            other = jax.nn.one_hot(jnp.argmax(jnp.where(label > 0, -1.0, softmax), -1), classes)
-            predicted = jnp.where(wrong[:, None] > 0, other, label)
-            sums["confusion"] = (label * mask[:, None]).T @ predicted
-        return layout.sum(sums)
+        return layout.sum(sums(softmax_of(params, batch["image"]), batch["label"], batch["mask"], confusion))
 
     return layout.map(step)
+
+
+def sums(softmax, label, mask, confusion: bool) -> dict[str, Any]:
+    """What a batch adds to the sums that `build` names; `softmax` is (N, classes), `label` and `mask` (N,)."""
+    classes = softmax.shape[-1]
+    label = jax.nn.one_hot(label, classes)
+    right = jnp.sum(softmax * label, -1)
+    # A rival that is equal or not a number counts against the network, so that constant outputs are never right.
+    rivals = jnp.sum(~(softmax < right[:, None]), -1) - 1
+    wrong = jnp.where(rivals >= 1, mask, 0)
+    loss = -jnp.log(jnp.maximum(right, jnp.finfo(jnp.float32).tiny))
+    found = {
+        "loss": jnp.sum(jnp.where(mask > 0, loss, 0)),
+        "top1": jnp.sum(wrong),
+        "top5": jnp.sum(jnp.where(rivals >= min(5, classes), mask, 0)),
+        "examples": jnp.sum(mask),
+        "class_examples": mask @ label,
+        "class_errors": wrong @ label,
+    }
+    if confusion:
+        # If an example is wrong, its prediction is another class, even where that one is only as probable.
+        other = jax.nn.one_hot(jnp.argmax(jnp.where(label > 0, -1.0, softmax), -1), classes)
+        predicted = jnp.where(wrong[:, None] > 0, other, label)
+        found["confusion"] = (label * mask[:, None]).T @ predicted
+    return found
 
 
 def run(
@@ -109,8 +112,7 @@ def totals(
     def take_in(at_most):
         # Never far behind: batches that wait on the devices would fill their memory.
         while len(under_way) > at_most:
-            for name, value in first(under_way.popleft()).items():
-                total[name] = total.get(name, 0) + value.astype(np.float64)
+            _add(total, first(under_way.popleft()))
 
     for batch in layout.prefetch(batches):
         under_way.append(step(params, batch))
@@ -118,6 +120,25 @@ def totals(
         take_in(at_most=UNDER_WAY)
     take_in(at_most=0)
     return total
+
+
+def totals_of_mean(networks: Sequence[Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """The sums over all batches for the mean of the networks' probabilities (section 5), with 'confusion'.
+
+    Args:
+      networks: `predictor.Predictor`s of the same classes and the same size of records.
+      batches: see `totals`.
+    """
+    total = {}
+    for batch in batches:
+        mean = np.mean([list(network.probabilities(batch["image"])) for network in networks], axis=0)
+        _add(total, jax.device_get(sums(jnp.asarray(mean), batch["label"], batch["mask"], confusion=True)))
+    return total
+
+
+def _add(total: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+    for name, value in found.items():
+        total[name] = total.get(name, 0) + value.astype(np.float64)
 
 
 def errors(total: dict[str, np.ndarray]) -> dict[str, float]:

@@ -30,6 +30,13 @@ def workdir(folder):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def other(folder):
+    """A second run, with another seed."""
+    runs.run(folder, folder / "other", "--config.num_steps=5", "--config.seed=1")
+    return folder / "other"
+
+
 def recorded(workdir, group):
     """The last values of a group of metrics, without the group's name."""
     lines = [line for line in runs.metrics(workdir) if f"{group}/loss" in line]
@@ -67,6 +74,24 @@ def test_evaluate_finds_what_training_found(workdir, tmp_path, views, group):
     expected.pop("top5_error")  # of three classes
     assert found == pytest.approx(expected, abs=1e-6)
     assert json.loads((out / "metrics.json").read_text())["loss"] == found["loss"]
+
+
+def test_evaluate_takes_the_mean_of_networks(workdir, other, folder, tmp_path):
+    photographs = [f"--dataset={folder / 'photos'}", "--split=test"]  # as they are: records are encoded again
+    done = runs.run_tool(
+        "evaluate", f"--workdir={workdir}", f"--also={other}", f"--out={tmp_path}", *photographs, "--json"
+    )
+    found, networks = json.loads(done.stdout), [Predictor(workdir), Predictor(other)]
+    wrong, loss = 0, 0.0
+    for label, name in enumerate(CLASSES):
+        for photograph in networks[0].read(map(str, sorted((folder / "photos" / "test" / name).iterdir()))):
+            each = [np.float64(next(network.probabilities([photograph.pixels]))) for network in networks]
+            wrong += np.argmax(sum(each)) != label
+            loss -= np.log(np.mean(each, axis=0)[label]) / 12
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert found["top1_error"] == pytest.approx(wrong / 12)
+    assert found["also"] == {str(other): networks[1].step} and found["examples"] == 12
+    assert matrix(tmp_path).sum() == 12
 
 
 def matrix(out):
@@ -121,6 +146,8 @@ def test_evaluate_takes_other_splits_and_folders(workdir, folder, tmp_path):
         (["--data_dir={root}/absent"], "name the folder that holds prepared/ with --data_dir"),
         (["--step=7"], "it is best, latest, or a step that has a checkpoint"),
         (["--workdir={root}/photos"], "is not the workdir of a run"),
+        (["--also={root}/photos"], "is not the workdir of a run"),
+        (["--also={root}/run"], "--also names a run that is there twice"),
     ],
 )
 def test_evaluate_says_what_is_wrong(workdir, folder, tmp_path, flags, sentence):

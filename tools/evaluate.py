@@ -4,6 +4,7 @@
     python -m tools.evaluate --workdir=runs/caltech101 --split=train        another split, or a part: 'train[:10%]'
     python -m tools.evaluate --workdir=runs/caltech101 --dataset=photos/    CLASS/*.jpg or SPLIT/CLASS/*.jpg
     python -m tools.evaluate --workdir=runs/alexnet --dataset=imagenet_v2   a TFDS name
+    python -m tools.evaluate --workdir=runs/seed-0 --also=runs/seed-1       the mean of two networks' probabilities
 
 Prints the errors, the classes that are best and worst, and the most frequent confusions. The folder --out gets
 metrics.json, classes.csv, confusion.csv and confusion.png; a row of the matrix is a true class. Exit code 2 if an image
@@ -36,7 +37,10 @@ from tools import shared
 SPLIT = flags.DEFINE_string("split", "", "The split; by default that of the errors at the end of the run.")
 DATASET = flags.DEFINE_string("dataset", "", "Another data set with the run's classes: a folder, or a TFDS name.")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Where prepared/ lies; by default where the run found it.")
-OUT = flags.DEFINE_string("out", "", "Folder for the results; by default evaluation/ in the workdir.")
+ALSO = flags.DEFINE_multi_string("also", [], "Another run; the probabilities of all are averaged. May be repeated.")
+OUT = flags.DEFINE_string(
+    "out", "", "Folder for the results; by default evaluation/ in the workdir, or evaluation_of_N/ for N networks."
+)
 JSON = flags.DEFINE_bool("json", False, "Print the errors as one JSON object.")
 shared.define_network()
 
@@ -52,10 +56,16 @@ NAMES = {
 def main(_) -> int:
     """Evaluates, prints and writes."""
     network = shared.network()
-    out = files.folder(workdirs.expanded(OUT.value or network.workdir / "evaluation", "--out"))
+    networks = [network, *(_other(network, workdir) for workdir in ALSO.value)]
+    require(
+        len({other.workdir.resolve() for other in networks}) == len(networks), "--also names a run that is there twice."
+    )
+    folder = f"evaluation_of_{len(networks)}" if ALSO.value else "evaluation"
+    out = files.folder(workdirs.expanded(OUT.value or network.workdir / folder, "--out"))
     batches, name, images = _batches(network)
     with progress("evaluate", len(images), sys.stderr) as advance:
-        totals = network.totals(_counted(batches, advance))
+        counted = _counted(batches, advance)
+        totals = evaluate.totals_of_mean(networks, counted) if ALSO.value else network.totals(counted)
     require(totals, f"No image of {name} can be read.")
     unreadable = len(images) - int(totals["examples"])
     errors, matrix = evaluate.errors(totals), totals["confusion"]
@@ -69,6 +79,8 @@ def main(_) -> int:
         "examples": int(totals["examples"]),
         "unreadable": unreadable,
     }
+    if ALSO.value:
+        about["also"] = {str(other.workdir): other.step for other in networks[1:]}
     accuracy = _accuracy(totals)
     canvas.save(plots.confusion(matrix, network.labels), out / "confusion.png")
     texts = {
@@ -83,8 +95,23 @@ def main(_) -> int:
     return exits.MISTAKE if unreadable else 0
 
 
+def _other(network: Predictor, workdir: str) -> Predictor:
+    """The network of another run of the same classes."""
+    other = shared.network(workdir)
+    require(
+        other.records.class_names == network.records.class_names,
+        f"--also={workdir} has other classes than {network.workdir}.",
+    )
+    require(
+        other.size == network.size,
+        f"--also={workdir} sees images of {other.size} pixels, and {network.workdir} of {network.size}.",
+    )
+    return other
+
+
 def _report(network, about, errors, matrix, accuracy, out) -> str:
     head = f"{about['examples']:,} images of {about['dataset']}, {about['views']} views, step {about['step']}"
+    head += "".join(f"\nmean with {other}, step {step}" for other, step in about.get("also", {}).items())
     lines = [
         head,
         *(f"{NAMES[name]:<20} {value:{'.4f' if name == 'loss' else '.2%'}}" for name, value in errors.items()),
