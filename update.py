@@ -1,6 +1,7 @@
 """One update: the state that it changes, its first value, and the function that computes it on all devices."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -72,6 +73,9 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
         batch = layout.gather_rows(batch)
         images = views.to_input(batch["image"], mean_image, factor, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        rows = layout.row_numbers(len(images))
+        mixture = mixture_of(config.mixup, jax.random.split(key)[1], rows) if config.mixup else None
+        images = images if mixture is None else mixture(images)
 
         def loss_of(params):
             logits, activations = models.activations(
@@ -79,16 +83,19 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
                 params,
                 images,
                 train=True,
-                rows=layout.row_numbers(len(images)),
+                rows=rows,
                 rngs={"dropout": key},
             )
             activations.popitem()  # the logits
             with jax.named_scope("loss"):
-                # What is recorded can be compared with the loss of an evaluation, which is not smoothed.
-                loss, smoothed = map(jnp.mean, cross_entropy(logits, batch["label"], config.label_smoothing))
+                # What is recorded can be compared with an evaluation, whose targets are neither smoothed nor mixed.
+                loss, target = cross_entropy(logits, batch["label"], config.label_smoothing)
+                if mixture is not None:
+                    target = mixture(target, cross_entropy(logits, swapped(batch["label"]), config.label_smoothing)[1])
                 top1_error = jnp.mean(jnp.argmax(logits, -1) != batch["label"])
+                loss, target = jnp.mean(loss), jnp.mean(target)
             # Both devices of a network compute this loss, and the transpose of the exchange adds their gradients up.
-            return smoothed / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
+            return target / layout.devices_per_network, ({"loss": loss, "top1_error": top1_error}, activations)
 
         gradients, (values, activations) = jax.grad(loss_of, has_aux=True)(state.params)
         gradients, values = layout.mean((gradients, values))
@@ -130,6 +137,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> tup
         return loss, loss
     of_all = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
     return loss, (1 - smoothing) * loss + smoothing * of_all
+
+
+def mixture_of(alpha: float, key: jax.Array, rows: jax.Array) -> Callable:
+    """Mixup (Zhang et al. 2018): each row of a batch is mixed with its neighbour, of rows 0 and 1, 2 and 3, …
+
+    Args:
+      alpha: of the symmetric beta distribution of the shares. The greater share goes to the row itself, so that its
+        label is the main one; with random neighbours that changes nothing.
+      key: of the step.
+      rows: (N,) their numbers in the global batch, N even; the same row gets the same share in every layout.
+
+    Returns:
+      A function of (N, …) values of the rows, and those of their neighbours if they are not the values `swapped`.
+    """
+    share = jax.vmap(lambda row: jax.random.beta(jax.random.fold_in(key, row), alpha, alpha))(rows)
+    share = jnp.maximum(share, 1 - share)
+
+    def mixed(values, others=None):
+        own = share.reshape(-1, *[1] * (values.ndim - 1))
+        return own * values + (1 - own) * (swapped(values) if others is None else others)
+
+    return mixed
+
+
+def swapped(values: jax.Array) -> jax.Array:
+    """The rows of (N, …) values, N even, with neighbours changed: 1, 0, 3, 2, …"""
+    return values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
 
 
 def build_weigh(layout: parallel.Layout):

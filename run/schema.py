@@ -23,6 +23,7 @@ def validate(config) -> None:
         "eval_batch_size": (1, 1 << 20),
         "num_epochs": (0, 1e6),
         "num_steps": (0, optimizer.MAX_STEPS),
+        "mixup": (0, 100),
         "label_smoothing": (0, 0.99),
         "seed": (0, (1 << 31) - 1),
     }

@@ -72,6 +72,11 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     layout = parallel.Layout(
         config.parallel.devices_per_network, towers=config.model.towers, batch_size=config.batch_size
     )
+    require(
+        not config.mixup or config.batch_size // layout.networks % 2 == 0,
+        f"batch_size={config.batch_size} gives {config.batch_size // layout.networks} images to each of "
+        f"{layout.networks} replicas of the network; mixup={config.mixup} pairs them, which needs an even number.",
+    )
     if is_first:
         workdirs.check(config, workdir)
     shapes = state_shapes(config)

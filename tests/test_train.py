@@ -181,6 +181,7 @@ def test_an_average_is_evaluated_resumed_and_taken_over(folder):
         "--config.optimizer.average=0.9",
         "--config.optimizer.layer_decay=(('fc8', 0.01),)",
         "--config.label_smoothing=0.1",
+        "--config.mixup=0.5",
         "--config.input.crop_area=(0.25, 1.0)",
     ]
     once, twice = folder / "averaged", folder / "averaged_twice"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import optimizer
 import parallel
@@ -63,6 +64,41 @@ def test_what_is_measured_is_what_the_step_does(devices, per_network):
         assert 0 < dead < 1
         assert metrics.pop(f"dead_units/{name}") == pytest.approx(dead, abs=1e-3), name
     assert not metrics
+
+
+@pytest.mark.parametrize(("devices", "per_network"), [(1, 1), (2, 2), (4, 2)])
+def test_mixup_has_the_gradients_of_mixed_images_and_targets(devices, per_network):
+    """Against float64, an image and a label at a time; the shares are the same in every layout."""
+    config = recipes.narrow(dropout_rate=0.0, init="he")
+    config.input.scale = 0.0156
+    config.mixup = 0.7
+    metrics, before = measured(config, devices, per_network)
+    batch, mean = recipes.batch(config, STEPS - 1), recipes.mean_image()[6:73, 6:73]
+    images = (batch["image"] - np.float64(mean) + batch["shift"][:, None, None]) * batch["gain"][:, None, None, None]
+    count = len(images)
+    neighbour = np.arange(count) ^ 1
+    key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), STEPS - 1))[1]
+    share = np.float64(update.mixture_of(0.7, key, jnp.arange(count))(jnp.ones(count), jnp.zeros(count)))
+    own = share[:, None, None, None]
+    images = (own * images + (1 - own) * images[neighbour]) * 0.0156
+    total = {name: {"kernel": 0.0, "bias": 0.0} for name in LAYERS}
+    masks = {name: np.ones((1, before.params[name]["bias"].size)) for name in ("fc6", "fc7")}
+    for row in range(count):
+        for label, weight in ((row, share[row]), (neighbour[row], 1 - share[row])):
+            labels = batch["label"][label : label + 1]
+            _, found = reference.loss_and_gradients(before.params, images[row : row + 1], labels, masks=masks, rate=0.0)
+            for name, kind in ((name, kind) for name in LAYERS for kind in ("kernel", "bias")):
+                total[name][kind] = total[name][kind] + weight * found[name][kind] / count
+    expected = norm(*(leaf for layer in total.values() for leaf in layer.values()))
+    assert metrics["gradient_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_shares_follow_the_beta_distribution():
+    rows, key = jnp.arange(20_000), jax.random.key(3)
+    share = np.array(update.mixture_of(0.5, key, rows)(jnp.ones(len(rows)), jnp.zeros(len(rows))))
+    folded = lambda x: scipy.stats.beta.cdf(x, 0.5, 0.5) - scipy.stats.beta.cdf(1 - x, 0.5, 0.5)  # noqa: E731
+    assert share.min() >= 0.5 and scipy.stats.kstest(share, folded).pvalue > 0.01
+    np.testing.assert_array_equal(update.swapped(jnp.arange(6)), [1, 0, 3, 2, 5, 4])
 
 
 def test_smoothed_targets_are_shared_out():
