@@ -8,27 +8,27 @@ the batches and the schedule are set below. All layers learn at the source's rat
 classes are the same. `--config.schedule.layers="(('conv1', ((0.0, 0.0),)), ('conv2', ((0.0, 0.0),)))"` freezes two
 layers; a factor of 0.1 slows one. Every start reads the source's config.json, also one that continues a run.
 
-Measured on two cores of a Xeon, seeds 0 to 2. The source is a run of configs/caltech101.py on 71 classes of
+Measured on two cores of a Xeon, seeds 0 to 2. The source is a run of configs/caltech101.py:plain on 71 classes of
 Caltech-101, with input.resize=128 and input.crop=112; the target is the 30 other classes, with 30 training images each
 and 513 test images. Mean class accuracy with ten views, after the last step of 40 epochs, 3 to 5 minutes each, other
 work going on beside it:
 
     fine-tuned                                           56.3, 61.6, 61.5   mean 59.8 %   top-1 error 39.6 %
     the same from scratch (--config.init_from=)          54.4, 50.6, 53.3   mean 52.7 %   top-1 error 46.7 %
-    configs/caltech101.py from scratch                   49.2, 52.8, 54.7   mean 52.2 %   top-1 error 47.2 %
+    configs/caltech101.py:plain from scratch             49.2, 52.8, 54.7   mean 52.2 %   top-1 error 47.2 %
     fine-tuned, 10 images a class                        42.5, 44.7, 43.4   mean 43.6 %
-    configs/caltech101.py from scratch, 10 a class       29.3, 30.0, 34.9   mean 31.4 %
+    configs/caltech101.py:plain from scratch, 10 a class 29.3, 30.0, 34.9   mean 31.4 %
 
 The classes of the target are the first 30 of the sorted names after `random.Random(0).shuffle`. The commands, with 10
 images a class from a folder that holds only the first ten of each:
 
     SIZE="--config.input.resize=128 --config.input.crop=112 --config.dataset.train_split=train"
     SIZE="$SIZE --config.dataset.eval_split=test --config.dataset.test_split="
-    python main.py --config=configs/caltech101.py --workdir=runs/source $SIZE \
+    python main.py --config=configs/caltech101.py:plain --workdir=runs/source $SIZE \
         --config.dataset.name=SOURCE --config.model.num_classes=71
     LAST="--config.dataset.name=TARGET --config.model.num_classes=30 --config.eval_every.epochs=0.0 --config.seed=0"
     python main.py --config=configs/finetune.py:runs/source --workdir=runs/tuned $LAST [--config.init_from=]
-    python main.py --config=configs/caltech101.py --workdir=runs/scratch $LAST $SIZE
+    python main.py --config=configs/caltech101.py:plain --workdir=runs/scratch $LAST $SIZE
 
 The rates and the length were chosen on a fifth of the target's training images (180, standard error 4 points), seed 0.
 Mean class accuracy there after 20 epochs, the last layer at a rate of 0.02, by the rate of the others: 46.7 % at 0.02,

@@ -39,13 +39,17 @@ def farewell(run: Run, step: int, values: dict[str, float]) -> str:
     centre = ""
     if "test/centre_top1_error" in values:  # earlier versions did not measure it
         centre = f"With the centre view alone, the top-1 error is {values['test/centre_top1_error']:.2%}.\n"
-    chosen_on = "on the same images, which makes these errors look a little too low; dataset.test_split can name others"
+    chosen = (
+        "chosen on the same images, which makes these errors look a little too low; dataset.test_split can name others"
+    )
     if split != run.config.dataset.eval_split:
-        chosen_on = f"on eval_split={run.config.dataset.eval_split!r}"
+        chosen = f"chosen on eval_split={run.config.dataset.eval_split!r}"
+    elif not run.durations.eval_every and values["test/step"] == step:
+        chosen = "not chosen: it is that of the last step, the only one that was evaluated"
     return f"""
 Done: {step} steps, {epoch:.1f} epochs. Ten views of {split!r}, with the best checkpoint (step {values["test/step"]}):
 top-1 error {values["test/top1_error"]:.2%}, {top5}mean class accuracy {values["test/mean_class_accuracy"]:.2%}.
-{centre}The checkpoint was chosen {chosen_on}.
+{centre}The checkpoint was {chosen}.
 
 metrics           {run.workdir / "metrics.jsonl"}
 checkpoints       {run.workdir / "checkpoints"}

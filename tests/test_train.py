@@ -202,7 +202,9 @@ def test_an_average_is_evaluated_resumed_and_taken_over(folder):
     # A run that begins from it begins, and averages, from its average.
     begun = folder / "from_averaged"
     still = ["--config.optimizer.learning_rate=0.0", "--config.num_steps=1", f"--config.init_from={once}"]
-    runs.run(folder, begun, *changes, *still)
+    never = ["--config.eval_every.steps=0", "--config.eval_every.epochs=0.0", "--config.schedule.name=constant"]
+    said = runs.run(folder, begun, *changes, *still, *never).stdout
+    assert "The checkpoint was not chosen: it is that of the last step" in said
     found, best = runs.parameters(begun, 1), predictor.Predictor(once).params["fc6"]["kernel"]
     both = [name for name in found if name.endswith("params/fc6/kernel")]
     assert len(both) == 2

@@ -2,7 +2,7 @@
 
     python -m tools.sweep --sweep=configs/sweeps/claims.py --workdir=runs/claims
 
-The recipe is that of configs/caltech101.py with images of half the size, half of the epochs, and a schedule with which
+The recipe is configs/caltech101.py:plain with images of half the size, half of the epochs, and a schedule with which
 every arm learns. `:imagenet` takes the paper's recipe on ImageNet as it is. Published are the differences between the
 logs of 2012, on the images of 2012 (those of 2010 for one_tower and centre_view), or what the paper says, sections 4.1
 and 7. docs/reproduction.md has what was measured on Caltech-101. The sweep of ImageNet has not been run.
@@ -28,7 +28,7 @@ def get_sweep(variant: str = "") -> Sweep:
         "schedule.factors": (),
     }
     return Sweep(
-        config="configs/alexnet.py" if variant else "configs/caltech101.py",
+        config="configs/alexnet.py" if variant else "configs/caltech101.py:plain",
         overrides={} if variant else small,
         measures=(error("top1", TOP1), error("top5", TOP5)),
         curve="eval/top1_error",
