@@ -1,10 +1,11 @@
 """Exact evaluation: every example once, from the centre view or from the paper's ten.
 
-The devices get whole records and cut the views themselves, so that each image crosses to them once.
+The devices get whole records and cut the views themselves, so that each image crosses to them once for each network.
 """
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -123,16 +124,22 @@ def totals(
 
 
 def totals_of_mean(networks: Sequence[Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
-    """The sums over all batches for the mean of the networks' probabilities (section 5), with 'confusion'.
+    """The sums over all batches for the mean of the networks' probabilities (section 6), with 'confusion'.
 
     Args:
       networks: `predictor.Predictor`s of the same classes and the same size of records.
       batches: see `totals`.
     """
-    total = {}
+    batches, *streams = itertools.tee(batches, 1 + len(networks))
+    # One generator a network over all images, so that the next batches are under way while one is summed up.
+    answers = [
+        network.probabilities(image for batch in stream for image in batch["image"])
+        for network, stream in zip(networks, streams, strict=True)
+    ]
+    summed, total = jax.jit(functools.partial(sums, confusion=True)), {}
     for batch in batches:
-        mean = np.mean([list(network.probabilities(batch["image"])) for network in networks], axis=0)
-        _add(total, jax.device_get(sums(jnp.asarray(mean), batch["label"], batch["mask"], confusion=True)))
+        mean = np.mean([list(itertools.islice(answer, len(batch["image"]))) for answer in answers], axis=0)
+        _add(total, jax.device_get(summed(mean, batch["label"], batch["mask"])))
     return total
 
 

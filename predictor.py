@@ -304,7 +304,9 @@ def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> tu
                 return checkpoints.restore_latest(shapes)
             number = int(step) if str(step).isdecimal() else None
             at_hand = ", ".join(map(str, known))
-            sentence = f"step={shown(step)}: it is best, latest, or a step that has a checkpoint: {at_hand}."
+            sentence = (
+                f"step={shown(step)} of {workdir}: it is best, latest, or a step that has a checkpoint: {at_hand}."
+            )
             require(number in known, sentence)
             return checkpoints.restore(number, shapes)
     finally:

@@ -63,7 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, pro
 
 
 def visible(batch: dict[str, np.ndarray], mean_image: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """What the network sees of a batch of `input_pipeline.train_batches`, as pixels: (N, crop, crop, 3) uint8.
+    """What the network sees of a batch of `input_pipeline.train_batches`, unmixed, as (N, crop, crop, 3) uint8 pixels.
 
     Without lighting these are the pixels of the views; with it, they are its shift and gain about the mean image.
     """
@@ -204,7 +204,8 @@ class Trainer:
         return values
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The kernels of the first layer, and some inputs of the last training batch as the network saw them.
+        """The kernels of the first layer, and some inputs of the last training batch as the network saw them,
+        but not yet mixed by mixup.
 
         Returns:
           {name: (N, H, W, 3) uint8}; without inputs before the first step of this process.

@@ -63,9 +63,11 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
     Returns:
       A function of (sharded state, sharded batch, rate factor, measure) that gives (the next state, values, measured).
       The batch is one of `input_pipeline.train_batches`; all rates are multiplied by the rate factor, a float32 scalar.
-      The values are 'loss' and 'top1_error', means over the global batch. If `measure`, a bool, is true, `measurements`
-      can read what was measured on each device: 'gradients', {layer: sum of squares of its part of the gradient of
-      kernel and bias}, and 'dead_units', {layer: share of activations that are 0}. The function consumes the state.
+      The values are 'loss' and 'top1_error', means over the global batch, by the labels alone, of images as the
+      network saw them; with mixup, by the label of the image with the greater share. If `measure`, a bool, is true,
+      `measurements` can read what was measured on each device: 'gradients', {layer: sum of squares of its part of the
+      gradient of kernel and bias}, and 'dead_units', {layer: share of activations that are 0}. The function consumes
+      the state.
     """
     network, rule, factor = build_network(config, layout), optimizer.build(config), views.factors(config.input)
 
@@ -74,7 +76,8 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
         images = views.to_input(batch["image"], mean_image, factor, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = layout.row_numbers(len(images))
-        mixture = mixture_of(config.mixup, jax.random.split(key)[1], rows) if config.mixup else None
+        _, mixing = jax.random.split(key)  # dropout derives its keys from `key` by the names of its layers
+        mixture = mixture_of(config.mixup, mixing, rows) if config.mixup else None
         images = images if mixture is None else mixture(images)
 
         def loss_of(params):
@@ -88,7 +91,8 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
             )
             activations.popitem()  # the logits
             with jax.named_scope("loss"):
-                # What is recorded can be compared with an evaluation, whose targets are neither smoothed nor mixed.
+                # What is recorded can be compared with an evaluation, whose targets are neither smoothed nor mixed, as
+                # far as dropout and the views allow. With mixup the images are mixed, and both errors much higher.
                 loss, target = cross_entropy(logits, batch["label"], config.label_smoothing)
                 if mixture is not None:
                     target = mixture(target, cross_entropy(logits, swapped(batch["label"]), config.label_smoothing)[1])
@@ -144,7 +148,7 @@ def mixture_of(alpha: float, key: jax.Array, rows: jax.Array) -> Callable:
 
     Args:
       alpha: of the symmetric beta distribution of the shares. The greater share goes to the row itself, so that its
-        label is the main one; with random neighbours that changes nothing.
+        label is the main one. Neighbours are random, so the expectation of the gradient stays what it is without this.
       key: of the step.
       rows: (N,) their numbers in the global batch, N even; the same row gets the same share in every layout.
 

@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 256
     config.num_epochs = 0.0
     config.num_steps = 0  # if not 0, counts instead of num_epochs
-    config.mixup = 0.0  # alpha of the share at which training images and their targets are mixed; 0 mixes none
+    config.mixup = 0.0  # alpha of the beta distribution of the shares in which two images, and targets, mix; 0 is never
     config.label_smoothing = 0.0  # share of each training target that all classes get alike
     # How often, in epochs or in steps; steps count if they are not 0. 0 and 0: after the last step only.
     config.log_every = dict(epochs=0.0, steps=100)

@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from run import workdirs
+from run import metrics, workdirs
 from run.setup import Run
 
 
@@ -44,7 +44,7 @@ def farewell(run: Run, step: int, values: dict[str, float]) -> str:
     )
     if split != run.config.dataset.eval_split:
         chosen = f"chosen on eval_split={run.config.dataset.eval_split!r}"
-    elif not run.durations.eval_every and values["test/step"] == step:
+    elif sum("eval/loss" in line for line in metrics.read_lines(run.workdir / "metrics.jsonl")) == 1:
         chosen = "not chosen: it is that of the last step, the only one that was evaluated"
     return f"""
 Done: {step} steps, {epoch:.1f} epochs. Ten views of {split!r}, with the best checkpoint (step {values["test/step"]}):

@@ -8,12 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import input_pipeline
 import runs
+import tools.evaluate
+import tools.shared
+from common.errors import UserError
+from datasets import prepared
 from predictor import Predictor
 
 CLASSES = runs.CLASSES
@@ -77,21 +83,40 @@ def test_evaluate_finds_what_training_found(workdir, tmp_path, views, group):
 
 
 def test_evaluate_takes_the_mean_of_networks(workdir, other, folder, tmp_path):
-    photographs = [f"--dataset={folder / 'photos'}", "--split=test"]  # as they are: records are encoded again
-    done = runs.run_tool(
-        "evaluate", f"--workdir={workdir}", f"--also={other}", f"--out={tmp_path}", *photographs, "--json"
-    )
-    found, networks = json.loads(done.stdout), [Predictor(workdir), Predictor(other)]
-    wrong, loss = 0, 0.0
-    for label, name in enumerate(CLASSES):
-        for photograph in networks[0].read(map(str, sorted((folder / "photos" / "test" / name).iterdir()))):
-            each = [np.float64(next(network.probabilities([photograph.pixels]))) for network in networks]
+    photographs = [f"--dataset={folder / 'photos'}", "--split=test"]
+    also = [f"--workdir={workdir}", f"--also={other}", f"--out={tmp_path}", "--batch_size=5", "--json"]
+    networks = [Predictor(workdir), Predictor(other)]
+    records = prepared.Records.open(networks[0].records.directory)
+    (whole,) = input_pipeline.eval_batches(records, "test", batch_size=12)
+    # As they are; the records are encoded again.
+    read = [
+        (photograph.pixels, label)
+        for label, name in enumerate(CLASSES)
+        for photograph in networks[0].read(map(str, sorted((folder / "photos" / "test" / name).iterdir())))
+    ]
+    for flags, examples in ((photographs, read), ([], list(zip(whole["image"], whole["label"], strict=True)))):
+        done = runs.run_tool("evaluate", *also, *flags)
+        found, wrong, losses = json.loads(done.stdout), 0, []
+        for pixels, label in examples:
+            each = [np.float64(next(network.probabilities([pixels]))) for network in networks]
             wrong += np.argmax(sum(each)) != label
-            loss -= np.log(np.mean(each, axis=0)[label]) / 12
-    assert found["loss"] == pytest.approx(loss, abs=1e-5)
-    assert found["top1_error"] == pytest.approx(wrong / 12)
-    assert found["also"] == {str(other): networks[1].step} and found["examples"] == 12
-    assert matrix(tmp_path).sum() == 12
+            losses.append([-np.log(np.mean(each, axis=0)[label]), -np.mean(np.log(each), axis=0)[label]])
+        loss, geometric = np.mean(losses, axis=0)
+        assert abs(loss - geometric) > 1e-4, "the networks are too much alike"
+        assert found["loss"] == pytest.approx(loss, abs=1e-5)
+        assert found["top1_error"] == pytest.approx(wrong / 12)
+        assert found["also"] == {str(other): networks[1].step} and found["examples"] == 12
+        assert matrix(tmp_path).sum() == 12 and "Warning" not in done.stderr
+
+
+def test_evaluate_refuses_what_cannot_be_averaged(workdir, monkeypatch):
+    network = Predictor(workdir)
+    for records, size, sentence in ((("x",), network.size, "has other classes"), (CLASSES, 64, "of 64 pixels")):
+        records = types.SimpleNamespace(class_names=records)
+        found = types.SimpleNamespace(records=records, size=size, workdir=pathlib.Path("z"))
+        monkeypatch.setattr(tools.shared, "network", lambda _, found=found: found)
+        with pytest.raises(UserError, match=sentence):
+            tools.evaluate._other([network], "z")
 
 
 def matrix(out):
@@ -147,7 +172,8 @@ def test_evaluate_takes_other_splits_and_folders(workdir, folder, tmp_path):
         (["--step=7"], "it is best, latest, or a step that has a checkpoint"),
         (["--workdir={root}/photos"], "is not the workdir of a run"),
         (["--also={root}/photos"], "is not the workdir of a run"),
-        (["--also={root}/run"], "--also names a run that is there twice"),
+        (["--also={root}/run"], "--also=.*run is a run that is there already"),
+        (["--also="], "--also= is empty"),
     ],
 )
 def test_evaluate_says_what_is_wrong(workdir, folder, tmp_path, flags, sentence):

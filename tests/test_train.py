@@ -381,6 +381,10 @@ def test_diverging_run_stops(folder):
         (["--config.model.num_classes=4"], "has 3 classes; use --config.model.num_classes=3"),
         (["--config.model.lnr=False"], "did you mean model.lrn"),
         (["--config.batch_size=7"], "6 or 8 would"),
+        (
+            ["--config.mixup=0.5", "--config.batch_size=6", "--config.parallel.devices_per_network=1"],
+            "3 images to each",
+        ),
         (["--config.dataset.name=/nowhere/pictures"], "/nowhere/pictures does not exist"),
         (["--config.dataset.name=/nowhere/photos"], "not from /nowhere/photos"),
         (["--config.dataset.eval_split=tset"], "did you mean test"),

@@ -31,6 +31,21 @@ def measured(config, devices, per_network):
     return update.measurements(layout.of_network(found | update.build_weigh(layout)(state))), before
 
 
+def applied(config, devices, per_network):
+    """The values of the last of STEPS, the merged state before it, and its gradients, read off the velocities."""
+    config.optimizer.update(momentum=0.0, weight_decay=0.0, learning_rate=1.0)
+    config.schedule.name = "steps"
+    config.schedule.factors = ()
+    layout = parallel.Layout(per_network, devices=jax.devices()[:devices])
+    step = update.build_step(config, layout, recipes.mean_image(), optimizer.Rates(config, 5.0))
+    before = jax.device_get(update.init_state(config)).replace(step=np.int32(STEPS - 1))
+    batch = layout.put(recipes.batch(config, STEPS - 1))
+    state, values, _ = step(layout.shard(before), batch, np.float32(1), np.bool_(False))
+    after = layout.merge(state, before)
+    gradient = jax.tree.map(lambda velocity: -np.float64(velocity), after.opt_state[-1].trace)
+    return parallel.first(values), before, gradient
+
+
 def norm(*arrays):
     return np.sqrt(sum(np.sum(np.float64(array) ** 2) for array in arrays))
 
@@ -68,11 +83,12 @@ def test_what_is_measured_is_what_the_step_does(devices, per_network):
 
 @pytest.mark.parametrize(("devices", "per_network"), [(1, 1), (2, 2), (4, 2)])
 def test_mixup_has_the_gradients_of_mixed_images_and_targets(devices, per_network):
-    """Against float64, an image and a label at a time; the shares are the same in every layout."""
+    """Against float64 with written-out targets, smoothed too; the shares are the same in every layout."""
     config = recipes.narrow(dropout_rate=0.0, init="he")
     config.input.scale = 0.0156
     config.mixup = 0.7
-    metrics, before = measured(config, devices, per_network)
+    config.label_smoothing = 0.1
+    values, before, gradient = applied(config, devices, per_network)
     batch, mean = recipes.batch(config, STEPS - 1), recipes.mean_image()[6:73, 6:73]
     images = (batch["image"] - np.float64(mean) + batch["shift"][:, None, None]) * batch["gain"][:, None, None, None]
     count = len(images)
@@ -81,16 +97,19 @@ def test_mixup_has_the_gradients_of_mixed_images_and_targets(devices, per_networ
     share = np.float64(update.mixture_of(0.7, key, jnp.arange(count))(jnp.ones(count), jnp.zeros(count)))
     own = share[:, None, None, None]
     images = (own * images + (1 - own) * images[neighbour]) * 0.0156
-    total = {name: {"kernel": 0.0, "bias": 0.0} for name in LAYERS}
-    masks = {name: np.ones((1, before.params[name]["bias"].size)) for name in ("fc6", "fc7")}
-    for row in range(count):
-        for label, weight in ((row, share[row]), (neighbour[row], 1 - share[row])):
-            labels = batch["label"][label : label + 1]
-            _, found = reference.loss_and_gradients(before.params, images[row : row + 1], labels, masks=masks, rate=0.0)
-            for name, kind in ((name, kind) for name in LAYERS for kind in ("kernel", "bias")):
-                total[name][kind] = total[name][kind] + weight * found[name][kind] / count
-    expected = norm(*(leaf for layer in total.values() for leaf in layer.values()))
-    assert metrics["gradient_norm"] == pytest.approx(expected, rel=1e-4)
+    targets = 0.9 * np.eye(7)[batch["label"]] + 0.1 / 7
+    targets = share[:, None] * targets + (1 - share[:, None]) * targets[neighbour]
+    masks = {name: np.ones((count, before.params[name]["bias"].size)) for name in ("fc6", "fc7")}
+    logits, cache = reference.forward(before.params, images, masks=masks, rate=0.0)
+    softmax = np.exp(logits - logits.max(-1, keepdims=True))
+    softmax /= softmax.sum(-1, keepdims=True)
+    expected = reference.backward(before.params, cache, (softmax - targets) / count, ("conv3", "fc6", "fc7"))
+    for name in LAYERS:
+        for kind in ("kernel", "bias"):
+            error = norm(gradient[name][kind] - expected[name][kind])
+            assert error <= 1e-4 * norm(expected[name][kind]), (name, kind)
+    assert values["loss"] == pytest.approx(-np.mean(np.log(softmax[np.arange(count), batch["label"]])), rel=1e-4)
+    assert values["top1_error"] == pytest.approx(np.mean(np.argmax(logits, -1) != batch["label"]))
 
 
 def test_shares_follow_the_beta_distribution():

@@ -37,7 +37,9 @@ from tools import shared
 SPLIT = flags.DEFINE_string("split", "", "The split; by default that of the errors at the end of the run.")
 DATASET = flags.DEFINE_string("dataset", "", "Another data set with the run's classes: a folder, or a TFDS name.")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Where prepared/ lies; by default where the run found it.")
-ALSO = flags.DEFINE_multi_string("also", [], "Another run; the probabilities of all are averaged. May be repeated.")
+ALSO = flags.DEFINE_multi_string(
+    "also", [], "Another run; the probabilities of all are averaged. May be repeated; --step holds for each."
+)
 OUT = flags.DEFINE_string(
     "out", "", "Folder for the results; by default evaluation/ in the workdir, or evaluation_of_N/ for N networks."
 )
@@ -56,13 +58,12 @@ NAMES = {
 def main(_) -> int:
     """Evaluates, prints and writes."""
     network = shared.network()
-    networks = [network, *(_other(network, workdir) for workdir in ALSO.value)]
-    require(
-        len({other.workdir.resolve() for other in networks}) == len(networks), "--also names a run that is there twice."
-    )
+    networks = [network]
+    for workdir in ALSO.value:
+        networks.append(_other(networks, workdir))
     folder = f"evaluation_of_{len(networks)}" if ALSO.value else "evaluation"
     out = files.folder(workdirs.expanded(OUT.value or network.workdir / folder, "--out"))
-    batches, name, images = _batches(network)
+    batches, name, images = _batches(networks)
     with progress("evaluate", len(images), sys.stderr) as advance:
         counted = _counted(batches, advance)
         totals = evaluate.totals_of_mean(networks, counted) if ALSO.value else network.totals(counted)
@@ -95,8 +96,11 @@ def main(_) -> int:
     return exits.MISTAKE if unreadable else 0
 
 
-def _other(network: Predictor, workdir: str) -> Predictor:
-    """The network of another run of the same classes."""
+def _other(networks: list[Predictor], workdir: str) -> Predictor:
+    """The network of a run that is none of `networks` and has their classes."""
+    network, path = networks[0], workdirs.expanded(workdir, "--also").resolve()
+    known = [other.workdir.resolve() for other in networks]
+    require(path not in known, f"--also={workdir} is a run that is there already.")
     other = shared.network(workdir)
     require(
         other.records.class_names == network.records.class_names,
@@ -171,14 +175,26 @@ def _counted(batches, advance):
 # The images to evaluate on: each function returns batches as `evaluate.totals` takes them, a name, and the list of all.
 
 
-def _batches(network: Predictor):
-    config = network.config
+def _batches(networks: list[Predictor]):
+    network, config = networks[0], networks[0].config
     name, split = DATASET.value or config.dataset.name, SPLIT.value or workdirs.test_split(config)
     if DATASET.value and sources.is_folder(name):
         return _of_folder(network, workdirs.expanded(name, "--dataset"))
     records = network.data(DATA_DIR.value) if name == config.dataset.name else _other_records(network, name, split)
+    if name == config.dataset.name:
+        _warn(networks, records, split)
     batches = input_pipeline.eval_batches(records, split, batch_size=network.batch_size)
     return batches, f"{name} {split}", records.numbers(split)
+
+
+def _warn(networks: list[Predictor], records: prepared.Records, split: str) -> None:
+    """Says which of the other runs have learned from images of the split that the first run has not learned from."""
+    first, *others = (network.config.dataset for network in networks)
+    unseen = np.setdiff1d(records.numbers(split), records.numbers(first.train_split))
+    for network, dataset in zip(networks[1:], others, strict=True):
+        same = dataset.name == first.name
+        if count := np.intersect1d(unseen, records.numbers(dataset.train_split)).size if same else 0:
+            print(f"Warning: {network.workdir} was trained on {count:,} of the images of {split}.", file=sys.stderr)
 
 
 def _other_records(network: Predictor, name: str, split: str) -> prepared.Records:

@@ -34,11 +34,11 @@ def define_network(views: bool = True, batches: bool = True) -> None:
         flags.DEFINE_enum("views", "ten", ["ten", "centre"], "The paper's ten views of each image, or the centre one.")
 
 
-def network(workdir: str = "") -> predictor.Predictor:
+def network(workdir: str | None = None) -> predictor.Predictor:
     """Loads the network that the flags choose, or that of another workdir as they choose it."""
     host.keep_freed_memory()
     options = {flag: chosen(flag) for flag in ("views", "batch_size") if flag in flags.FLAGS}
-    return predictor.Predictor(workdir or chosen("workdir"), step=chosen("step"), **options)
+    return predictor.Predictor(chosen("workdir") if workdir is None else workdir, step=chosen("step"), **options)
 
 
 def chosen(flag: str) -> str:

@@ -209,7 +209,7 @@ class Progress:
             pictures["curve.png"] = comparisons.curves(curve, results.curves(self._sweep, finished))
         for name, figure in pictures.items():
             canvas.save(figure, self._workdir / name)
-        head = f"# {pathlib.Path(self._sweep.config).stem}: {len(finished)} of {len(self._runs)} runs\n\n"
+        head = f"# {self._sweep.config}: {len(finished)} of {len(self._runs)} runs\n\n"
         command = shlex.join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
         page = f"{head}`python -m tools.{command}`\n\n{results.to_markdown(self._sweep, found)}"
         for name in pictures:
