@@ -247,7 +247,7 @@ def _neighbours(network: Predictor, records: prepared.Records, queries: list[tup
 
 
 def augmented(photo: np.ndarray, records: prepared.Records, options: Any) -> dict[str, list[np.ndarray]]:
-    """Training views of a photograph, (crop, crop, 3) uint8: each kind of augmentation that is on, and all together."""
+    """Training views of a photograph, (crop, crop, 3) uint8: each augmentation of one image that is on, and all."""
     kinds = {
         "crops": {
             "random_crop": options.random_crop and bool(options.crop_area or options.crop < records.image_size),
