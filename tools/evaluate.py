@@ -97,7 +97,7 @@ def main(_) -> int:
 
 
 def _other(networks: list[Predictor], workdir: str) -> Predictor:
-    """The network of a run that is none of `networks` and has their classes."""
+    """Loads another run, which must have the classes and the image size of the first of `networks`."""
     network, path = networks[0], workdirs.expanded(workdir, "--also").resolve()
     known = [other.workdir.resolve() for other in networks]
     require(path not in known, f"--also={workdir} is a run that is there already.")
