@@ -6,7 +6,8 @@ it, and checksums of the state and of the record itself. Nothing is pickled. Onl
 and writes checkpoints.
 
 A folder `checkpoints/STEP` is complete: it gets its name when everything in it is written, and nothing in it changes
-afterwards. STEP.damaged could not be read; STEP.replaced exists for a moment only.
+afterwards. STEP.damaged could not be read; STEP.replaced exists for a moment only, and so does `surplus/`, into
+which checkpoints are moved before their removal, because a removal may be cut short.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import orbax.checkpoint as ocp
 
 from common.errors import UserError
 
+SURPLUS = "surplus"
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # What says that files are damaged, found by changing every byte of a checkpoint: exceptions of Orbax, TensorStore and
 # JSON, and reasons of the system. Others, such as a lack of memory or of file descriptors, say nothing of the files.
@@ -56,7 +58,7 @@ class Checkpoints:
         if not read_only:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._put_back()
+                self._tidy()
             except OSError as error:
                 raise UserError(f"{self.directory} cannot be written: {error.strerror}.") from None
         self._manager = ocp.CheckpointManager(
@@ -64,6 +66,7 @@ class Checkpoints:
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
+                todelete_subdir=SURPLUS,
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,
@@ -123,7 +126,7 @@ class Checkpoints:
             return
         with self._explained():
             self._manager.wait_until_finished()
-            self._put_back()
+            self._tidy()
         self._saving = None
 
     @contextlib.contextmanager
@@ -135,7 +138,7 @@ class Checkpoints:
             for unfinished in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             with contextlib.suppress(OSError):
-                self._put_back()
+                self._tidy()
             if _system_error(error) is None and not isinstance(error, OSError):
                 raise  # a defect, of this code or of Orbax
             there = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
@@ -144,8 +147,9 @@ class Checkpoints:
                 + (f"The run can go on from step {max(there)}." if there else "There is none before it.")
             ) from error
 
-    def _put_back(self) -> None:
-        """Ends the replacement of a checkpoint: removes the old one if the new one is complete, else puts it back."""
+    def _tidy(self) -> None:
+        """Removes what is surplus, and a replaced checkpoint; that one is put back if the new one is not complete."""
+        shutil.rmtree(self._path(SURPLUS), ignore_errors=True)
         for old in self.directory.glob("*.replaced"):
             if old.with_suffix("").is_dir():
                 shutil.rmtree(old)
@@ -274,19 +278,16 @@ class Checkpoints:
     def _remove_surplus(self) -> None:
         """Removes what should not be kept. A run killed during a save leaves some, and may never save again."""
         steps = self.steps()
-        surplus = set(steps) - self._kept(steps)
-        for step in surplus:
-            shutil.rmtree(self._path(step), ignore_errors=True)
-        if surplus:
-            self._manager.reload()
+        for step in set(steps) - self._kept(steps):
+            self._manager.delete(step)
+        self._tidy()
 
     def _kept(self, steps: list[int]) -> set[int]:
         """Which of these steps stay: the latest two and the best."""
         return {*steps[-2:], _best({step: self._errors.get(step) for step in steps})}
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(self, checkpoints, **_) -> list[bool]:
         """Tells Orbax what stays. Its own `BestN` needs a file of metrics, whose damage would block every start."""
-        del context
         kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]
 

@@ -231,6 +231,26 @@ def test_what_a_killed_save_left_too_much_goes_with_the_next_start(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
 
 
+def test_a_removal_that_is_cut_short_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """Killed while it removed what was surplus: the next start finds whole checkpoints alone, and says nothing."""
+    removed = []
+    with monkeypatch.context() as patch, checkpoint.Checkpoints(tmp_path) as checkpoints:
+        patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(pathlib.Path(path).name))
+        for step, error in ((1, 0.9), (2, 0.2), (3, 0.5), (4, 0.4)):
+            checkpoints.save(step, state(step), {"note": f"of {step}"}, error)
+            checkpoints.wait()
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4", "surplus"] and "surplus" in removed
+    shutil.rmtree(folder / "surplus" / "1" / "record")
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 3, 4]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert_is(checkpoints.restore_latest(state(0)), 4)
+        assert checkpoints.best_step() == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_step_is_replaced_without_a_moment_without_it(tmp_path, monkeypatch):
     """Saved before its evaluation, saved again after it; a crash in between leaves the first."""
     save(tmp_path, 1, 2)
