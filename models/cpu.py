@@ -222,6 +222,13 @@ def max_pool_and_places(x, *, window, stride):
     return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
 
 
+def max_pool_gradient(x, place, g, *, window, stride):
+    """`default.max_pool_gradient` of a g that is complete; else XLA computes it again for each place of the window."""
+    # XLA removes the barrier before it fuses, but joins no padding with what reads it many times.
+    place, g = (v[:, :-1] for v in lax.optimization_barrier([default.pad(v, 1, 0, 1) for v in (place, g)]))
+    return default.max_pool_gradient(x, place, g, window=window, stride=stride)
+
+
 def softmax(logits):
     """Example by example: XLA joins the fully-connected layers and a softmax of the whole batch into one slow function,
     for batches of five to eight.
