@@ -105,16 +105,14 @@ def test_evaluate_takes_the_mean_of_networks(workdir, other, folder, tmp_path):
         assert matrix(tmp_path).sum() == 12 and "Warning" not in done.stderr
 
 
-def test_only_networks_of_the_same_classes_and_size_are_averaged(workdir, other, tmp_path):
+def test_only_networks_of_the_same_classes_and_size_are_averaged(workdir, tmp_path):
     for split in (runs.photographs(tmp_path) / "photos").iterdir():
         (split / "c").rename(split / "d")
-    renamed, smaller = tmp_path / "renamed", shutil.copytree(other, tmp_path / "smaller")
-    runs.run(tmp_path, renamed, "--config.num_steps=1")
-    config = json.loads((smaller / "config.json").read_text())
-    config["input"]["crop"] -= 1  # of which the layers have the same sizes
-    (smaller / "config.json").write_text(json.dumps(config))
-    for run, sentence in ((renamed, "has other classes than"), (smaller, "sees images of 66 pixels, and .* of 67")):
-        done = runs.run_tool("evaluate", f"--workdir={workdir}", f"--also={run}", f"--out={tmp_path}", expect=2)
+    runs.run(tmp_path, tmp_path / "renamed", "--config.num_steps=1")
+    runs.run(workdir.parent, tmp_path / "larger", "--config.num_steps=1", "--config.input.crop=80")
+    for name, sentence in (("renamed", "has other classes than"), ("larger", "sees images of 80 pixels, and .* of 67")):
+        flags = f"--workdir={workdir}", f"--also={tmp_path / name}", f"--out={tmp_path}"
+        done = runs.run_tool("evaluate", *flags, expect=2)
         assert re.search(sentence, runs.sentence(done.stderr))
 
 
