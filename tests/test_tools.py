@@ -109,8 +109,8 @@ def test_only_networks_of_the_same_classes_and_size_are_averaged(workdir, tmp_pa
     for split in (runs.photographs(tmp_path) / "photos").iterdir():
         (split / "c").rename(split / "d")
     runs.run(tmp_path, tmp_path / "renamed", "--config.num_steps=1")
-    runs.run(workdir.parent, tmp_path / "larger", "--config.num_steps=1", "--config.input.crop=80")
-    for name, sentence in (("renamed", "has other classes than"), ("larger", "sees images of 80 pixels, and .* of 67")):
+    runs.run(workdir.parent, tmp_path / "larger", "--config.num_steps=1", "--config.input.resize=96")
+    for name, sentence in (("renamed", "has other classes than"), ("larger", "sees images of 96 pixels, and .* of 80")):
         flags = f"--workdir={workdir}", f"--also={tmp_path / name}", f"--out={tmp_path}"
         done = runs.run_tool("evaluate", *flags, expect=2)
         assert re.search(sentence, runs.sentence(done.stderr))
