@@ -6,10 +6,11 @@ it, and checksums of the state and of the record itself. Nothing is pickled. Onl
 and writes checkpoints.
 
 A folder `checkpoints/STEP` is complete: it gets its name when everything in it is written, and nothing in it changes
-afterwards. STEP.damaged could not be read; STEP.replaced exists for a moment only, and so does `surplus/`, into
-which checkpoints are moved before their removal, because a removal may be cut short.
+afterwards. STEP.damaged could not be read; STEP.replaced and STEP.surplus exist for a moment only, the second
+because a removal may be cut short.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import importlib.metadata
@@ -29,7 +30,6 @@ import orbax.checkpoint as ocp
 
 from common.errors import UserError
 
-SURPLUS = "surplus"
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # What says that files are damaged, found by changing every byte of a checkpoint: exceptions of Orbax, TensorStore and
 # JSON, and reasons of the system. Others, such as a lack of memory or of file descriptors, say nothing of the files.
@@ -52,7 +52,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, read_only: bool = False):
         self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
-        self._read_only, self._saving = read_only, None
+        self._read_only, self._saving, self._saved = read_only, None, None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
         if read_only and not self.directory.is_dir():
             raise UserError(f"{workdir} is not the folder of a run of main.py: it holds no checkpoints.")
         if not read_only:
@@ -65,8 +66,6 @@ class Checkpoints:
             self.directory,
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                todelete_subdir=SURPLUS,
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,
@@ -115,6 +114,7 @@ class Checkpoints:
                 ),
                 force=True,
             )
+            self._saved = self._thread.submit(self._finish)
 
     def wait(self) -> None:
         """Returns when the save under way is on disk.
@@ -125,9 +125,13 @@ class Checkpoints:
         if self._saving is None:
             return
         with self._explained():
-            self._manager.wait_until_finished()
-            self._tidy()
+            self._saved.result()
         self._saving = None
+
+    def _finish(self) -> None:
+        """Waits for Orbax, and removes what the new checkpoint makes surplus."""
+        self._manager.wait_until_finished()
+        self._remove_surplus()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -149,10 +153,9 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Removes what is surplus, and a replaced checkpoint; that one is put back if the new one is not complete."""
-        shutil.rmtree(self._path(SURPLUS), ignore_errors=True)
-        for old in self.directory.glob("*.replaced"):
-            if old.with_suffix("").is_dir():
-                shutil.rmtree(old)
+        for old in [*self.directory.glob("*.surplus"), *self.directory.glob("*.replaced")]:
+            if old.suffix == ".surplus" or old.with_suffix("").is_dir():
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 old.rename(old.with_suffix(""))
 
@@ -162,8 +165,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest validation error, if any was measured."""
-        errors = {step: self._errors.get(step) for step in self.steps()}
-        return _best(errors)
+        return _best({step: self._errors.get(step) for step in self.steps()})
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads (merged state, meta) of a step; `like` gives the expected structure, shapes and types.
@@ -195,9 +197,8 @@ class Checkpoints:
         record = self._record(step)
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         with self._reading(step):
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
-                "state"
-            ]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        state = restored["state"]
         found = jax.tree.map(lambda leaf, target: leaf.shape == target.shape, state, like)
         if not all(jax.tree.leaves(found)):  # Orbax returns the shapes that were saved
             raise UserError(f"The checkpoint of step {step} in {self.directory} is of a network of other sizes.")
@@ -266,30 +267,27 @@ class Checkpoints:
             self._set_aside(step, error)
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        warning = f"warning: the checkpoint of step {step} cannot be read, another is taken: {error}"
         if not self._read_only:
             aside = self._path(f"{step}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             self._path(step).rename(aside)
             self._manager.reload()
         self._errors.pop(step, None), self._damaged.pop(step, None)
-        print(warning, file=sys.stderr)
+        print(f"warning: the checkpoint of step {step} cannot be read, another is taken: {error}", file=sys.stderr)
 
     def _remove_surplus(self) -> None:
         """Removes what should not be kept. A run killed during a save leaves some, and may never save again."""
         steps = self.steps()
-        for step in set(steps) - self._kept(steps):
-            self._manager.delete(step)
+        with contextlib.suppress(OSError):  # what cannot be removed stays
+            for step in set(steps) - self._kept(steps):
+                self._path(step).rename(self._path(f"{step}.surplus"))
         self._tidy()
+        self._manager.reload()
 
     def _kept(self, steps: list[int]) -> set[int]:
         """Which of these steps stay: the latest two and the best."""
+        # Orbax would tell the best by a file of metrics, whose damage would block every start.
         return {*steps[-2:], _best({step: self._errors.get(step) for step in steps})}
-
-    def should_preserve(self, checkpoints, **_) -> list[bool]:
-        """Tells Orbax what stays. Its own `BestN` needs a file of metrics, whose damage would block every start."""
-        kept = self._kept([info.step for info in checkpoints])
-        return [info.step in kept for info in checkpoints]
 
     def _path(self, name: int | str) -> pathlib.Path:
         return self.directory / str(name)
@@ -300,6 +298,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._thread.shutdown()
 
     def __enter__(self):
         return self

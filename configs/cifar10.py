@@ -5,19 +5,19 @@
 
 These two are the paper's figure 1: a four-layer network that it does not name, ReLU beside tanh, no regularisation;
 here layers-19pct.cfg of the source's example-layers, without weight decay. Published: ReLU reaches 25 % training error
-six times as fast, each with the learning rate that suited it best. Tune `--config.optimizer.learning_rate` for each
-before comparing.
+six times as fast, each with the learning rate that suited it best. configs/sweeps/figure1.py has the rates that were
+found for each, and compares them.
 
     python main.py --config=configs/cifar10.py:18pct --workdir=runs/cifar_18pct
     python main.py --config=configs/cifar10.py:11pct --workdir=runs/cifar_11pct
 
 These follow layers-18pct.cfg and layers-conv-local-11pct.cfg of cuda-convnet, whose names are their test errors, with
-their layer-params (https://github.com/dnouri/cuda-convnet keeps them; cuda-convnet2 has a wider network of the second
-name). `:13pct` is the second without normalisation: these two are the networks of the paper's section 3.3. The first
-recipe trains on whole images, the others on random crops of 24 pixels and their reflections, tested with ten views. The
-source trained these on four of the five batches for some 300 epochs, then on all five for 150, and lowered the kernels'
-rate twice for ten epochs each; here it is all five batches from the start. The test images are looked at once, at the
-end. None of the three has been trained to its end here.
+their layer-params (https://github.com/dnouri/cuda-convnet keeps them; cuda-convnet2 has a wider network by the name of
+layers-conv-local-11pct). `:13pct` is `:11pct` without normalisation: the two networks of the paper's section 3.3.
+`:18pct` trains on whole images, the other two on random crops of 24 pixels and their reflections, tested with ten views.
+The source trained these two on four of the five batches for some 300 epochs, then on all five for 150, and lowered the
+kernels' rate twice for ten epochs each; here it is all five batches from the start. The test images are looked at once,
+at the end. None of the three has been trained to its end here.
 
 `--config.dataset.name=data/cifar10` takes a folder of 32×32 images instead of the TFDS set. Records of 32×32 are stored
 as PNG, without loss.

@@ -27,6 +27,7 @@ class ArmRun:
       recipe: a checksum of the recipe without overrides.
       process: once it was started; see `launchers`.
       said: the length of its log when it was last started, in bytes.
+      before: what command.json said of a finished run when it was last started, and the bytes of its metrics.
     """
 
     arm: str
@@ -36,6 +37,7 @@ class ArmRun:
     recipe: int
     process: Any = None
     said: int = 0
+    before: tuple[dict[str, Any], int] = ({}, 0)
 
     @property
     def name(self) -> str:
@@ -50,10 +52,7 @@ class ArmRun:
     @property
     def finished(self) -> bool:
         """Whether the same command, with the recipe as it is, has come to its end."""
-        try:
-            return json.loads((self.workdir / "command.json").read_text()) == self._command(finished=True)
-        except (OSError, ValueError):
-            return False
+        return self._stored() == self._command(finished=True)
 
     def lines(self) -> Lines:
         """The metrics so far."""
@@ -67,14 +66,19 @@ class ArmRun:
     def start(self, launcher: Any) -> None:
         """Begins, or goes on; raises `UserError` if it cannot."""
         files.folder(self.workdir)
-        self._write(finished=False)
-        self.said = self.log.stat().st_size if self.log.exists() else 0
+        stored = self._stored()
+        self.before = stored if stored.get("finished") else {}, _size(self.workdir / "metrics.jsonl")
+        self._write(self._command(finished=False))
+        self.said = _size(self.log)
         self.process = launcher.start(self)
 
     def ended(self) -> bool:
         """Whether the process is over; notes its success."""
+        finished, size = self.before
         if self.process.poll() == 0:
-            self._write(finished=True)
+            self._write(self._command(finished=True))
+        elif self.process.returncode and finished and size == _size(self.workdir / "metrics.jsonl"):
+            self._write(finished)  # it refused this command, and what the earlier one finished stays finished
         return self.process.returncode is not None
 
     def failure(self) -> str:
@@ -83,12 +87,23 @@ class ArmRun:
         errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
         return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.log}"
 
-    def _write(self, finished: bool) -> None:
+    def _stored(self) -> dict[str, Any]:
+        try:
+            stored = json.loads((self.workdir / "command.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
+    def _write(self, command: dict[str, Any]) -> None:
         with files.replacing(self.workdir / "command.json") as partial:
-            partial.write_text(json.dumps(self._command(finished), indent=2) + "\n")
+            partial.write_text(json.dumps(command, indent=2) + "\n")
 
     def _command(self, finished: bool) -> dict[str, Any]:
         return {"flags": list(self.flags), "recipe": self.recipe, "finished": finished}
+
+
+def _size(file: pathlib.Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def runs_of(

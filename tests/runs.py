@@ -16,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 
-import checkpoint
 import data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -221,7 +220,7 @@ def checkpoints(workdir):
 
 def leftovers(*folders):
     """What looks temporary in these folders."""
-    signs = ("tmp", "partial", "replaced", "damaged", checkpoint.SURPLUS)
+    signs = ("tmp", "partial", "replaced", "damaged", "surplus")
     return [path for folder in folders for path in folder.rglob("*") if any(sign in path.name for sign in signs)]
 
 

@@ -215,7 +215,7 @@ def test_the_latest_two_and_the_best_stay(tmp_path):
         assert checkpoints.best_step() == 2
 
 
-def test_what_a_killed_save_left_too_much_goes_with_the_next_start(tmp_path):
+def test_what_a_killed_save_left_too_much_goes_with_the_next_start(tmp_path, monkeypatch):
     """Killed when the newest was complete and the oldest not yet removed, a run may have nothing left to save."""
     save(tmp_path, 1, 2, 3, errors=[0.2, 0.9, 0.5])
     folder = tmp_path / "checkpoints"
@@ -225,23 +225,28 @@ def test_what_a_killed_save_left_too_much_goes_with_the_next_start(tmp_path):
     with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
         checkpoints.restore_latest(state(0))
         assert checkpoints.steps() == [1, 2, 3, 4]
+    shutil.copytree(folder, tmp_path / "again" / "checkpoints")
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert_is(checkpoints.restore_latest(state(0)), 4)
         assert checkpoints.steps() == [1, 3, 4], "the best and the latest two"
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)  # killed again, as it removes
+    with checkpoint.Checkpoints(tmp_path / "again") as checkpoints:
+        assert_is(checkpoints.restore_latest(state(0)), 4)
+        assert checkpoints.steps() == [1, 3, 4]
+    assert (tmp_path / "again" / "checkpoints" / "2.surplus" / "record").is_dir()
 
 
 def test_a_removal_that_is_cut_short_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     """Killed while it removed what was surplus: the next start finds whole checkpoints alone, and says nothing."""
-    removed = []
     with monkeypatch.context() as patch, checkpoint.Checkpoints(tmp_path) as checkpoints:
-        patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(pathlib.Path(path).name))
+        patch.setattr(shutil, "rmtree", lambda path, **_: None)
         for step, error in ((1, 0.9), (2, 0.2), (3, 0.5), (4, 0.4)):
             checkpoints.save(step, state(step), {"note": f"of {step}"}, error)
             checkpoints.wait()
     folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4", "surplus"] and "surplus" in removed
-    shutil.rmtree(folder / "surplus" / "1" / "record")
+    assert sorted(path.name for path in folder.iterdir()) == ["1.surplus", "2", "3", "4"]
+    shutil.rmtree(folder / "1.surplus" / "record")
     with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 3, 4]
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -256,6 +261,7 @@ def test_a_step_is_replaced_without_a_moment_without_it(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: None)  # a crash before anything is written
+        monkeypatch.setattr(checkpoints, "_finish", lambda: None)
         checkpoints.save(2, state(2), {"note": "of 2"}, 0.1)
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.replaced"]
         shutil.copytree(tmp_path, tmp_path.with_name("crashed"))

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,8 @@ workdir, seed = pathlib.Path(flags["workdir"]), int(flags["config.seed"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if flags["config.model.lrn_n"] == "0":
     sys.exit("error: model.lrn_n=0 must be more.")
+if flags.get("config.model.lrn_k") == "-1.0":
+    sys.exit("error: model.lrn_k=-1.0 must be more.")
 (workdir / "config.json").write_text(json.dumps({"num_steps": 4, "num_epochs": 0.0}))
 metrics = workdir / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -218,6 +221,28 @@ def test_a_failed_arm_stops_no_other_and_finished_runs_stay(command, tmp_path):
     assert flags[-2:] == ["--config.input.scale=0.02", "--config.seed=7"]
 
 
+def test_a_refused_command_leaves_finished_runs_finished(command, tmp_path):
+    finish(command, "--arms=base", expect=0)
+    table = (tmp_path / "w/results.md").read_text()
+    _, err = finish(command, "--arms=base", "--config.model.lrn_k=-1.0", expect=2)
+    assert err.count("failed: model.lrn_k=-1.0 must be more") == 2
+    _, err = finish(command, "--arms=base", expect=0)
+    assert "starts" not in err and "goes on" not in err
+    assert (tmp_path / "w/results.md").read_text() == table
+
+
+def test_a_run_whose_folder_is_gone_stops_no_other(command, tmp_path):
+    process = start(command, "--arms=base,last", "--jobs=2", "--seeds=0", "--config.input.scale=1.0")
+    gone = tmp_path / "w/base/seed-0"
+    while not (gone / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    shutil.rmtree(gone)
+    gone.write_text("in its place")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "1 of 2 runs failed: base/seed-0" in runs.sentence(err), err
+    assert "last/seed-0 is finished" in err
+
+
 def test_a_failure_has_the_sentence_of_its_own_start(command, tmp_path):
     folder = tmp_path / "w/base/seed-0"
     folder.mkdir(parents=True)
@@ -271,6 +296,7 @@ def test_runs_of_another_recipe_are_not_finished(command, tmp_path):
         ("seeds=(0, 1)", "seeds=()", "must be numbers from 0 on"),
         ('Arm({"model.lrn_n": 0})', 'Arm(reads={"eror": last("x")})', "The arm bad reads the runs of the base: it is"),
         ('{"model.lrn_k": 1.0}', '{"model.lrn_k": "one"}', "model.lrn_k='one' must be a number"),
+        ('{"model.lrn_k": 1.0}', '{"model": 1.0}', "model is a section of the config; an arm sets its fields"),
     ],
 )
 def test_mistakes_of_a_sweep_file_end_in_a_sentence(command, tmp_path, old, new, sentence):

@@ -166,6 +166,7 @@ def test_evaluate_takes_other_splits_and_folders(workdir, folder, tmp_path):
         (["--dataset={root}/photos", "--split=no"], "has neither a class of .* nor a split 'no'"),
         (["--dataset={root}/absent"], "cannot be listed|is not there"),
         (["--data_dir={root}/absent"], "name the folder that holds prepared/ with --data_dir"),
+        (["--dataset={root}/photos", "--split=test", "--data_dir=x"], "a folder of photographs needs none"),
         (["--step=7"], "it is best, latest, or a step that has a checkpoint"),
         (["--workdir={root}/photos"], "is not the workdir of a run"),
         (["--also={root}/photos"], "is not the workdir of a run"),

@@ -179,6 +179,9 @@ def _batches(networks: list[Predictor]):
     network, config = networks[0], networks[0].config
     name, split = DATASET.value or config.dataset.name, SPLIT.value or workdirs.test_split(config)
     if DATASET.value and sources.is_folder(name):
+        require(
+            not DATA_DIR.value, "--data_dir says where a prepared data set lies; a folder of photographs needs none."
+        )
         return _of_folder(network, workdirs.expanded(name, "--dataset"))
     records = network.data(DATA_DIR.value) if name == config.dataset.name else _other_records(network, name, split)
     if name == config.dataset.name:

@@ -16,6 +16,7 @@ command takes them up.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -124,6 +125,7 @@ def _load(overrides: list[str]) -> Sweep:
         given = [arms.override(field, value) for field, value in values.items()]
         cli.check_overrides([*given, *overrides], sweep.config, known)
         for field, value in values.items():
+            require(not hasattr(known[field], "items"), f"{field} is a section of the config; an arm sets its fields.")
             check_type(field, value, type(known[field]))
     return sweep
 
@@ -179,10 +181,16 @@ class Progress:
 
     def _collect(self):
         """Takes out the runs that have ended, and renews the results."""
-        for run in [run for run in self._under_way if run.ended()]:
+        for run in list(self._under_way):
+            try:
+                if not run.ended():
+                    continue
+                reason = run.failure() if run.process.returncode else ""
+            except (UserError, OSError) as error:  # its folder is gone, or cannot be written any more
+                reason = str(error)
             self._under_way.remove(run)
-            if run.process.returncode:
-                self._fail(run, run.failure())
+            if reason:
+                self._fail(run, reason)
             else:
                 self._write()
                 self._say(f"{run.name} is finished; {self._left()}")
@@ -193,7 +201,8 @@ class Progress:
             run.process.terminate()
         for run in self._under_way:
             run.process.wait()
-            run.ended()
+            with contextlib.suppress(UserError, OSError):
+                run.ended()
 
     def _write(self):
         finished = {(run.arm, run.seed): run.lines() for run in self._runs if run.finished}
