@@ -14,10 +14,10 @@ found for each, and compares them.
 These follow layers-18pct.cfg and layers-conv-local-11pct.cfg of cuda-convnet, whose names are their test errors, with
 their layer-params (https://github.com/dnouri/cuda-convnet keeps them; cuda-convnet2 has a wider network by the name of
 layers-conv-local-11pct). `:13pct` is `:11pct` without normalisation: the two networks of the paper's section 3.3.
-`:18pct` trains on whole images, the other two on random crops of 24 pixels and their reflections, tested with ten views.
-The source trained these two on four of the five batches for some 300 epochs, then on all five for 150, and lowered the
-kernels' rate twice for ten epochs each; here it is all five batches from the start. The test images are looked at once,
-at the end. None of the three has been trained to its end here.
+`:18pct` trains on whole images, the other two on random crops of 24 pixels and their reflections, with ten views at the
+end. The source trained these two on four of the five batches for some 300 epochs, then on all five for 150, and
+lowered the kernels' rate twice for ten epochs each; here it is all five batches from the start. The test images are
+looked at once, at the end. None of the three has been trained to its end here.
 
 `--config.dataset.name=data/cifar10` takes a folder of 32×32 images instead of the TFDS set. Records of 32×32 are stored
 as PNG, without loss.

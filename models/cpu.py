@@ -224,8 +224,8 @@ def max_pool_and_places(x, *, window, stride):
 
 def max_pool_gradient(x, place, g, *, window, stride):
     """`default.max_pool_gradient` of a g that is complete; else XLA computes it again for each place of the window."""
-    # XLA does not join a padding with what reads it many times. The barrier keeps XLA from cancelling the padding against
-    # the slice, and is gone when XLA joins operations.
+    # XLA does not join a padding with what reads it many times. The barrier keeps XLA from cancelling the padding
+    # against the slice, and is gone when XLA joins operations.
     place, g = (v[:, :-1] for v in lax.optimization_barrier([default.pad(v, 1, 0, 1) for v in (place, g)]))
     return default.max_pool_gradient(x, place, g, window=window, stride=stride)
 
