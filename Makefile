@@ -57,7 +57,7 @@ help:  ## this list
 	  printf 'make %-10s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
-demo: $(ready)  ## set up, build a small data set and train on it
+demo: $(ready)  ## set up, build a small data set and train on it, afresh each time
 	rm -rf runs/demo
 	$(python) main.py --config=configs/demo.py --workdir=runs/demo $(demo_flags_$(DEVICES))
 

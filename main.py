@@ -10,7 +10,9 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
 PROFILE = flags.DEFINE_bool("profile", False, "Also write a trace of steps 10 to 14 after the start, for XProf.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
-COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 of several, or auto (SLURM, TPU).")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", "", "HOST:PORT of process 0, or auto; SLURM and TPU need none."
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part.", lower_bound=0)
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "The number of this process, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])

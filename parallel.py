@@ -68,7 +68,8 @@ class Towers:
     Attributes:
       total, here: the towers of the network, and how many of them this device computes.
       groups: the devices that share a network, if its towers are on several.
-      cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results do not.
+      cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results only
+        in their last bits.
     """
 
     total: int = 1

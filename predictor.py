@@ -27,7 +27,7 @@ import evaluate
 import models
 import update
 from common import exits
-from common.errors import UserError, check_name, require, shown
+from common.errors import UserError, check_name, require, shortened, shown
 from datasets import conversion, folders, images, parts, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable, start_devices
 from run import setup, workdirs
@@ -114,7 +114,7 @@ class Predictor:
         """
         try:
             return _square(image, self.size, self.config.dataset.max_pixels)
-        except images.Unreadable as error:
+        except (images.Unreadable, OSError) as error:  # Pillow raises the second for an image that it opened
             name = f"{image}: " if isinstance(image, str | pathlib.Path) else ""
             raise UserError(f"{name}{error}.") from None
 
@@ -218,7 +218,7 @@ class Predictor:
         squares, under_way, most = iter(squares), [], 0
         while batch := list(itertools.islice(squares, self.batch_size)):
             # A power of two, so that few programs are compiled for few images, or the size of the batches before.
-            most = most or _padded(len(batch), self._layout.size)
+            most = most or min(_padded(len(batch), self._layout.size), self.batch_size)
             padding = [np.zeros_like(batch[0])] * (most - len(batch))
             under_way.append((len(batch), function(self._sharded, self._layout.put(np.stack(batch + padding)))))
             if len(under_way) > UNDER_WAY:
@@ -249,13 +249,16 @@ def find(names: Iterable[str]) -> list[str | bytes]:
             require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
             listed = list(filter(None, re.split("[\0\n]", os.fsdecode(content))))
             require(listed, "stdin names no file: it should hold an image, or names of files, one a line.")
+            # Names have no control characters, but images do; and what begins with '<' is a page of the web.
+            text = content[:1] != b"<" and not re.search(rb"[\x01-\x08\x0e-\x1f]", content)
+            require(images.is_image(content) or text, "stdin is neither an image that can be read nor names of files.")
             found += [content] if images.is_image(content) else find(listed)
             continue
         try:
             path = pathlib.Path(name).expanduser()
         except RuntimeError as error:  # the home of a user who is not there
             raise UserError(f"{name}: {error}") from None
-        require(path.exists(), f"{name} is not there.")
+        require(path.exists(), f"{shortened(str(name))} is not there.")
         inside = _inside(path) if path.is_dir() else [str(path)]
         require(inside, f"{name} holds no image files ({' '.join(folders.IMAGE_SUFFIXES)}).")
         found += inside
@@ -263,13 +266,15 @@ def find(names: Iterable[str]) -> list[str | bytes]:
 
 
 def _inside(folder: pathlib.Path) -> list[str]:
-    """The files with an image's suffix in a folder and those below it, links followed."""
+    """The files with an image's suffix in a folder and those below it, links followed, but what is hidden."""
     found, seen = [], set()
     for where, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(where)) in seen:  # a link to a folder above
             below.clear()
             continue
         seen.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]  # as preparation does
         found += [os.path.join(where, name) for name in names if name.lower().endswith(folders.IMAGE_SUFFIXES)]  # noqa: PTH118 -- a Path takes ten times as long
     return sorted(found)
 

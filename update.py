@@ -76,7 +76,7 @@ def build_step(config, layout: parallel.Layout, mean_image: np.ndarray, rates: o
         images = views.to_input(batch["image"], mean_image, factor, batch["shift"], batch["gain"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = layout.row_numbers(len(images))
-        _, mixing = jax.random.split(key)  # dropout derives its keys from `key` by the names of its layers
+        _, mixing = jax.random.split(key)  # dropout derives its keys from `key` in another way
         mixture = mixture_of(config.mixup, mixing, rows) if config.mixup else None
         images = images if mixture is None else mixture(images)
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import os
 import pathlib
 import secrets
 from collections.abc import Iterator, Mapping
@@ -49,12 +50,23 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+def expanded(path: str | pathlib.Path, field: str) -> pathlib.Path:
+    """The path, with ~ as the user's home; raises `UserError`, which names `field`, if it is none."""
+    try:
+        path = pathlib.Path(path).expanduser()
+        str(path).encode()  # TensorBoard's files have names in UTF-8
+    except (RuntimeError, UnicodeError) as error:
+        raise UserError(f"{field}={path} cannot be a path: {error}") from None
+    return path
+
+
 def check(path: pathlib.Path) -> pathlib.Path:
     """The path, if a file could be written there; raises `UserError` before work is done for nothing."""
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder.")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}.")
+    _check_access(path.parent)
     return path
 
 
@@ -64,4 +76,10 @@ def folder(path: pathlib.Path) -> pathlib.Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    _check_access(path)
     return path
+
+
+def _check_access(folder: pathlib.Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: it belongs to somebody else, or may not be changed.")

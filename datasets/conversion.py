@@ -1,7 +1,7 @@
 """Conversion: the files of a source become square images, a portion at a time, in worker processes.
 
 Each portion becomes two files, PORTION.images with the encoded images, one after another, and PORTION.npz with what
-else is known of them. The second is written last, whole or not at all, so that a portion is there if it is.
+else is known of them. The second is written last, whole or not at all: where it is there, the portion is complete.
 
 The processes do not import TensorFlow, unless the source does: it takes seconds and some 400 MB in each.
 """

@@ -180,7 +180,7 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more; Pillow's own conversion clips instead of scaling
         pixels = np.asarray(image).ravel()
-        top = 65535 if image.mode.startswith("I;16") else _top(pixels)
+        top = 65535 if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM") else _top(pixels)
         grey = np.empty(pixels.shape, np.uint8)
         for part in range(0, len(pixels), 1 << 20):  # in one piece it would take 16 bytes a pixel
             grey[part : part + (1 << 20)] = np.clip(pixels[part : part + (1 << 20)] * (255 / top), 0, 255)

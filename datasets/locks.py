@@ -1,4 +1,4 @@
-"""Locks between processes: one at a time does something, or many read what none may replace."""
+"""Locks between processes: one process at a time does something, and nobody replaces a folder under its readers."""
 
 import contextlib
 import fcntl

@@ -17,8 +17,8 @@ def open_records(dataset: Any, options: Any, num_classes: int | None = None, war
       dataset: the config's `dataset` section.
       options: its `input` section.
       num_classes: how many classes the set must have; None takes any number.
-      warn: whether to warn on stderr of images that are both in the training split and in one that is evaluated, and
-        of classes that the latter lacks.
+      warn: whether to warn on stderr of files that could not be read, of images that are both in the training split and
+        in one that is evaluated, and of classes that the latter lacks.
 
     Raises:
       UserError: there is no such data set or split, it has another number of classes, its photographs have changed, or
@@ -76,9 +76,14 @@ def _check_classes(dataset: Any, found: int, num_classes: int | None) -> None:
 
 
 def _warnings(records: Records, known: prepared.Summary, splits: Mapping[str, str]) -> Iterable[str]:
-    """What makes errors look too low, or say less than they seem to; each sentence once."""
+    """What is left out, and what makes errors look too low, or say less than they seem to; each sentence once."""
     train, *evaluated = splits.items()
     found = {}  # in order
+    if count := len(known.unreadable):
+        found[
+            f"warning: {count:,} files of {known.origin} could not be read and are left out, such as "
+            f"{known.unreadable[0]}."
+        ] = None
     for field, split in evaluated:
         found |= dict.fromkeys(overlaps.between(records, known.overlaps, train[1], field, split))
         found |= {known.lacking[name]: None for name in sources.split_names(split) if name in known.lacking}

@@ -163,10 +163,9 @@ def _write(
         }
         (written / "prepared.json").write_text(json.dumps(content, indent=2) + "\n")
         Records.open(written)  # shows that the set can be read
-        if final.parent.exists():
+        if final.is_dir():
             _check_unread(final)
-            final.parent.rename(_partial(final, "old"))
-        written.parent.rename(final.parent)
+        _replace(final.parent, written.parent, _partial(final, "old"))
         shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:  # TensorFlow wraps what the system raises, and TFDS what TensorFlow raises
         if files.is_full(error):
@@ -179,6 +178,19 @@ def _write(
         for folder in (done, partial):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # which fails if something in it is done
+
+
+def _replace(folder: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
+    """Puts `new` in the place of a folder, which may be there and goes to `old`; or leaves it as it is."""
+    there = folder.exists()
+    try:
+        if there:
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if there and not folder.exists():
+            old.rename(folder)
+        raise
 
 
 def _digest(source: Source, settings: conversion.Settings) -> str:

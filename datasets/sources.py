@@ -56,9 +56,9 @@ def check_split(split: str, known: Collection[str], origin: str) -> None:
 
 def is_origin(origin: str, name: str) -> bool:
     """Whether a prepared set of this `Source.origin` was made from the data set `name`. A folder may be gone by now."""
-    if is_folder(name):
-        return origin == printable(str(pathlib.Path(name).resolve()))
-    return str(origin).startswith(f"TFDS {re.split('[/:]', name)[0]}/")
+    if str(origin).startswith("TFDS "):
+        return not is_folder(name) and origin.startswith(f"TFDS {re.split('[/:]', name)[0]}/")
+    return origin == printable(str(pathlib.Path(name).resolve()))
 
 
 def changes(name: str, before: Mapping[str, str]) -> str:

@@ -103,6 +103,6 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
 
 def check(path: str | pathlib.Path) -> pathlib.Path:
     """The path, if `save` knows the format of its suffix and could write there; else raises `UserError`."""
-    path = pathlib.Path(path).expanduser()
+    path = files.expanded(path, "--plot")
     require(path.suffix in SUFFIXES, f"{shown(str(path))} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
     return files.check(path)

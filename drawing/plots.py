@@ -177,12 +177,15 @@ def curves(lines: Sequence[Mapping[str, float | None]]) -> Figure:
 
 def _tests(axes, lines):
     """The errors of ten views, at the epochs of the checkpoints that they are of."""
-    for line in lines:
-        epoch = line["epoch"] * line.get("test/step", 0) / max(1, line["step"])
-        for name, marker in (("top1_error", "D"), ("top5_error", "d")):
-            if line.get(f"test/{name}") is not None:
-                label = f"ten views, top-{name[3]}"
-                axes.plot([epoch], [line[f"test/{name}"]], marker, color=LINES[2], ms=4, label=label, ls="")
+    for name, marker in (("top1_error", "D"), ("top5_error", "d")):
+        points = [
+            (line["epoch"] * line.get("test/step", 0) / max(1, line["step"]), line[f"test/{name}"])
+            for line in lines
+            if line.get(f"test/{name}") is not None
+        ]
+        if points:
+            label = f"ten views, top-{name[3]}"
+            axes.plot(*zip(*points, strict=True), marker, color=LINES[2], ms=4, label=label, ls="")
 
 
 @styled

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import itertools
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
     it when another process is gone.
 
     Raises:
-      UserError: the three are not given together, or the processes do not find one another.
+      UserError: the three are not given together and whole, or the processes do not find one another.
     """
     global _watch
     arguments, awaited = {}, "the other processes of this run"
@@ -50,7 +51,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
         if os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1":
             # JAX gives each SLURM task a single GPU; a task that has the node to itself should take all of them.
             arguments["local_device_ids"] = []
-    elif coordinator_address and num_processes > 0 and 0 <= process_id < num_processes:
+    elif re.fullmatch(r".+:\d+", coordinator_address) and 0 <= process_id < num_processes:
         arguments = {
             "coordinator_address": coordinator_address,
             "num_processes": num_processes,

@@ -46,12 +46,7 @@ def test_split(config) -> str:
 def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
     """The path of a workdir, with ~ as the user's home; raises `UserError`, which names `field`, if it is no path."""
     require(str(workdir), f"{field}= is empty; it names a folder.")
-    try:
-        path = pathlib.Path(workdir).expanduser()
-        str(path).encode()  # TensorBoard's files have names in UTF-8
-    except (RuntimeError, UnicodeError) as error:
-        raise UserError(f"{field}={workdir} cannot be a path: {error}") from None
-    return path
+    return files.expanded(workdir, field)
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:

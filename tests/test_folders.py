@@ -99,6 +99,42 @@ def test_a_kill_while_the_new_set_takes_the_place_of_the_old_leaves_the_old(tmp_
     assert prepared.Records.open(first).num_examples("train") == 6
 
 
+def test_a_set_whose_folder_is_named_from_here_may_lose_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = data.make_folder(tmp_path / "photos", {"train": 6})
+    first = prepare("photos", tmp_path)
+    shutil.rmtree(folder)
+    assert prepare("photos", tmp_path) == first
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert f"was prepared from {folder}, not from photos" in sentence(prepare, "photos", tmp_path)
+
+
+def test_a_place_that_was_emptied_is_filled_again(tmp_path):
+    folder = data.make_folder(tmp_path / "photos", {"train": 6})
+    first = prepare(folder, tmp_path)
+    shutil.rmtree(first)
+    assert prepare(folder, tmp_path) == first
+    assert prepared.Records.open(first).num_examples("train") == 6
+    assert os.listdir(tmp_path / "data/prepared") == ["photos-32"]  # noqa: PTH208
+
+
+def test_a_signal_between_the_two_renames_leaves_the_old_set(tmp_path, monkeypatch):
+    folder = data.make_folder(tmp_path / "photos", {"train": 6})
+    first = prepare(folder, tmp_path)
+    rename = pathlib.Path.rename
+
+    def interrupted(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, tmp_path, again=True)
+    assert prepared.Records.open(first).num_examples("train") == 6
+
+
 def test_a_set_is_not_replaced_under_a_run(tmp_path):
     folder = data.make_folder(tmp_path / "photos", {"train": 6, "test": 4})
     reading = locks.Reading(prepare(folder, tmp_path))

@@ -1,6 +1,7 @@
 """The meter's arithmetic with given times, and what a recorder leaves behind a crash."""
 
 import json
+import os
 
 import pytest
 from tensorboard.backend.event_processing import plugin_event_accumulator
@@ -100,6 +101,12 @@ def test_run_that_ends_before_its_trace_says_so(tmp_path):
     trace.close(21)
     assert said == ["No trace: --profile begins with step 30, and this ended after step 21."]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_any_name_can_be_recorded(tmp_path):
+    with metrics.Recorder(tmp_path, step=0, evaluated=0, num_steps=8) as recorder:
+        recorder.hparams({"dataset": {"name": os.fsdecode(b"caf\xe9")}})
+    assert b"caf\\udce9" in b"".join(file.read_bytes() for file in tmp_path.glob("events*"))
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -130,6 +130,17 @@ def test_images_of_both_splits_are_counted(small, capsys, train_split, eval_spli
     )
 
 
+def test_what_was_left_out_is_said_at_every_start(tmp_path, capsys):
+    folder = data.make_folder(tmp_path / "photos", {"train": 4, "test": 2}, size=40)
+    (folder / "train/a/0000.jpg").write_bytes(b"")
+    for _ in range(2):
+        config = config_of(tmp_path, train_split="train", eval_split="test")
+        config.dataset.allow_unreadable = 1
+        open_records(config)
+        said = f"warning: 1 files of {folder} could not be read and are left out, such as train/a/0000.jpg: the file is"
+        assert capsys.readouterr().err.startswith(said)
+
+
 def test_copies_of_training_images_are_told_to_those_who_use_both_splits(tmp_path, capsys):
     folder = data.make_folder(tmp_path / "photos", {"train": 4, "validation": 2, "test": 2}, size=40)
     shutil.copy(folder / "train/a/0002.jpg", folder / "test/b/copy.jpg")

@@ -395,6 +395,8 @@ def test_diverging_run_stops(folder):
         (["--config.model.lrn=no"], "model.lrn=no must be True or False"),
         (["--config.schedule.layers=(('conv9', ((1.0, 0.0),)),)"], "schedule.layers names 'conv9'"),
         (["surplus"], "'surplus' is no flag"),
+        (["--coordinator_address=10.0.0.1", "--num_processes=2", "--process_id=0"], "--coordinator_address=HOST:PORT"),
+        (["--coordinator_address=auto", "--num_processes=2", "--process_id=0"], "--coordinator_address=HOST:PORT"),
     ],
 )
 def test_mistakes_end_in_one_sentence(folder, tmp_path, arguments, says):
@@ -420,8 +422,8 @@ def test_init_from_a_run_without_checkpoints_names_it(folder, whole, tmp_path):
 
 def test_a_platform_that_is_not_there_ends_in_one_sentence(folder, tmp_path):
     arguments = runs.command(folder, tmp_path / "run", devices=0)[2:]
-    done = runs.run_main(*arguments, env=os.environ | {"JAX_PLATFORMS": "cuda"}, cwd=tmp_path, expect=2)
-    assert "JAX_PLATFORMS=cuda: JAX cannot use it here" in runs.sentence(done.stderr)
+    done = runs.run_main(*arguments, env=os.environ | {"JAX_PLATFORMS": "rocm"}, cwd=tmp_path, expect=2)
+    assert "JAX_PLATFORMS=rocm: JAX cannot use it here" in runs.sentence(done.stderr)
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,6 @@ Exit code 2 if a file cannot be read.
 """
 
 import contextlib
-import pathlib
 import shutil
 import zipfile
 
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> int:
     require(OUT.value or PLOT.value, "Say where to: --out=features.npz for the numbers, --plot=maps.png for a picture.")
     require(OUT.value.endswith(".npz") or not OUT.value, f"--out={OUT.value} must end in .npz.")
     if OUT.value:
-        files.check(pathlib.Path(OUT.value).expanduser())
+        files.check(files.expanded(OUT.value, "--out"))
     if PLOT.value:
         canvas.check(PLOT.value)
     network = shared.network()
@@ -64,7 +63,7 @@ class _Archive:
     """
 
     def __init__(self, path: str, layers: tuple[str, ...]):
-        self._path, self._layers, self._files, self._shapes = pathlib.Path(path).expanduser(), layers, [], {}
+        self._path, self._layers, self._files, self._shapes = files.expanded(path, "--out"), layers, [], {}
 
     def __enter__(self):
         with self._explained():

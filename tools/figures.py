@@ -60,7 +60,7 @@ def main(_) -> None:
         sections.append((drawing.title, page.picture(name, drawing.caption, out)))
     sections += [("Layers", _layers(network)), ("Config", _config(network.config))]
     with files.replacing(out / "report.html") as partial:
-        partial.write_text(page.page(*_head(network), sections), encoding="utf-8")
+        partial.write_text(page.page(*_head(network), sections), encoding="utf-8", errors="backslashreplace")
     print(*written, out / "report.html", sep="\n")
 
 

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     photographs = shared.Photographs(network, arguments[1:])
     console = rich.console.Console()
     drawn = []
-    for photograph, row in photographs.through(network.probabilities, "predict"):
+    for photograph, row in photographs.through(network.probabilities, "predict", prints=True):
         answers, truth = network.top(row, TOP.value), _truth(network, photograph.file)
         if JSON.value:
             _print_json(network, photograph.file, row, truth)
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
         if PLOT.value and len(drawn) < MOST_DRAWN:
             drawn.append((photograph.pixels, answers[:MOST_BARS], truth))
     if PLOT.value and drawn:
-        if len(photographs.files) > MOST_DRAWN:
-            print(f"{PLOT.value} shows the first {MOST_DRAWN} of {len(photographs.files)}.", file=sys.stderr)
+        if (readable := len(photographs.files) - photographs.unreadable) > MOST_DRAWN:
+            print(f"{PLOT.value} shows the first {MOST_DRAWN} of {readable}.", file=sys.stderr)
         canvas.save(plots.predictions(*zip(*drawn, strict=True)), PLOT.value)
     return photographs.exit_code()
 

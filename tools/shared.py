@@ -63,14 +63,14 @@ class Photographs:
         self.files = predictor.find(arguments)
 
     def through(
-        self, function: Callable[[Iterable[Any]], Iterator[Any]], doing: str
+        self, function: Callable[[Iterable[Any]], Iterator[Any]], doing: str, prints: bool = False
     ) -> Iterator[tuple[predictor.Photograph, Any]]:
-        """Yields each readable photograph with what `function`, of squares, yields for it."""
-        bar = (
-            progress(doing, len(self.files), sys.stderr)
-            if len(self.files) > 1
-            else contextlib.nullcontext(lambda: None)
-        )
+        """Yields each readable photograph with what `function`, of squares, yields for it.
+
+        Shows a progress bar, unless the caller `prints` answers to a terminal, which tell how far it is.
+        """
+        shown = len(self.files) > 1 and not (prints and sys.stdout.isatty())
+        bar = progress(doing, len(self.files), sys.stderr) if shown else contextlib.nullcontext(lambda: None)
         with bar as advance:
             ahead, behind = itertools.tee(self.readable(advance))
             yield from zip(behind, function(photograph.pixels for photograph in ahead), strict=True)

@@ -7,8 +7,8 @@ The learning rate of each activation is the best of TRIED by the training error 
 is `:search`. Nothing regularises. The training error is a mean over the batches of a quarter of an epoch while it
 trains.
 
-Published: ReLU reaches 25 % six times as fast as tanh. Measured: 6.8 times, three seeds (docs/reproduction.md). `configs/cifar10.py`
-describes the network.
+Published: ReLU reaches 25 % six times as fast as tanh. Measured: 6.8 times, three seeds (docs/reproduction.md).
+`configs/cifar10.py` describes the network.
 """
 
 from configs import base
