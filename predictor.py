@@ -121,10 +121,12 @@ class Predictor:
     def read(self, files: Iterable[str | bytes]) -> Iterator[Photograph]:
         """Reads images, see `find`, in threads and in their order. Those that cannot be read come with the reason."""
 
+        decoding = images.Budget(self.config.dataset.max_pixels)
+
         def photograph(file):
             name = "-" if isinstance(file, bytes) else file
             try:
-                return Photograph(name, _square(file, self.size, self.config.dataset.max_pixels))
+                return Photograph(name, _square(file, self.size, self.config.dataset.max_pixels, decoding))
             except images.Unreadable as error:
                 return Photograph(name, None, str(error))
 
@@ -279,7 +281,7 @@ def _inside(folder: pathlib.Path) -> list[str]:
     return sorted(found)
 
 
-def _square(image: Any, size: int, max_pixels: int) -> np.ndarray:
+def _square(image: Any, size: int, max_pixels: int, decoding: images.Budget | None = None) -> np.ndarray:
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             raise images.Unreadable(f"an array must be (height, width, 3) uint8, not {image.shape} {image.dtype}")
@@ -289,10 +291,10 @@ def _square(image: Any, size: int, max_pixels: int) -> np.ndarray:
     if not isinstance(image, bytes):
         try:
             with sources.open_file(pathlib.Path(image)) as file:
-                image = file.read(conversion.most_bytes(max_pixels))
+                image = file.read(conversion.length_of(file, max_pixels))
         except OSError as error:
             raise images.Unreadable(error.strerror or str(error)) from None
-    return np.asarray(images.to_square(image, size, max_pixels)[0])
+    return np.asarray(images.to_square(image, size, max_pixels, decoding)[0])
 
 
 def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> tuple[update.State, dict[str, Any]]:

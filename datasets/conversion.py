@@ -23,7 +23,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -251,14 +251,20 @@ def most_bytes(max_pixels: int) -> int:
     return BYTES_PER_PIXEL * max_pixels + (1 << 20)
 
 
+def length_of(stream: BinaryIO, max_pixels: int) -> int:
+    """The bytes of a file at its beginning; raises `Unreadable` if no image of so many pixels has as many."""
+    length = stream.seek(0, os.SEEK_END)
+    if length > most_bytes(max_pixels):
+        raise Unreadable(f"it has {length:,} bytes, more than an image of {max_pixels:,} pixels needs")
+    stream.seek(0)
+    return length
+
+
 def _convert(file: File, settings: Settings, budgets: Budgets) -> _Made:
     try:
         with file.open() as stream:
-            length = stream.seek(0, os.SEEK_END)
-            if length > most_bytes(settings.max_pixels):
-                raise Unreadable(f"it has {length:,} bytes, more than an image of {settings.max_pixels:,} pixels needs")
+            length = length_of(stream, settings.max_pixels)
             with budgets.reading.hold(length):
-                stream.seek(0)
                 data = stream.read(length)
                 record, pixels = to_record(data, settings.size, settings.max_pixels, budgets.decoding)
     except (Unreadable, OSError) as error:

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 from typing import IO, Any
 
 import flax
@@ -86,6 +87,13 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     rates = optimizer.Rates(config, durations.steps_per_epoch)
     rates.check(shapes.params)
     _compare_processes(config, records)
+    warmup = config.schedule.warmup * durations.steps_per_epoch
+    if is_first and warmup >= durations.num_steps:
+        print(
+            f"warning: the learning rate does not reach its value: schedule.warmup={config.schedule.warmup} epochs are "
+            f"{warmup:,.0f} steps, and the run has {durations.num_steps:,}.",
+            file=sys.stderr,
+        )
     run = Run(config, workdir, layout, records, durations, rates, shapes)
     run.reading = locks.Reading(records.directory)
     run.state = blank(shapes)

@@ -16,7 +16,7 @@ import reference
 import runs
 from common.errors import UserError
 from configs import base
-from datasets import prepared, preparing, wordnet
+from datasets import conversion, images, prepared, preparing, wordnet
 from predictor import Predictor
 from run import setup, workdirs
 
@@ -167,6 +167,20 @@ def test_an_unreadable_file_does_not_stop_the_others(network, folder, tmp_path):
     photographs = list(network.read([good, str(tmp_path / "broken.jpg"), str(tmp_path / "absent.jpg"), good]))
     assert [photograph.pixels is None for photograph in photographs] == [False, True, True, False]
     assert all(photograph.reason for photograph in photographs[1:3])
+
+
+def test_large_files_are_not_read_and_large_images_decoded_one_at_a_time(network, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "BYTES_PER_PIXEL", 0)
+    video = tmp_path / "video.jpg"
+    with video.open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    (found,) = network.read([str(video)])
+    assert "it has 1,048,577 bytes, more than an image of" in found.reason
+    budgets, original = [], images.to_square
+    monkeypatch.setattr(images, "to_square", lambda *given: budgets.append(given[3]) or original(*given))
+    good = str(folder / "photos" / "test" / "a" / "0000.jpg")
+    assert len(list(network.read([good, good]))) == 2
+    assert budgets[0] is budgets[1] and isinstance(budgets[0], images.Budget), "no budget for all threads"
 
 
 def test_files_are_found_in_folders(folder, monkeypatch):

@@ -420,6 +420,11 @@ def test_init_from_a_run_without_checkpoints_names_it(folder, whole, tmp_path):
     assert f"{begun} is not the folder of a run of main.py: it holds no checkpoints" in runs.sentence(done.stderr)
 
 
+def test_a_warm_up_longer_than_the_run_is_said(folder, tmp_path):
+    done = runs.run(folder, tmp_path / "run", "--config.schedule.warmup=2.0", "--config.num_steps=1")
+    assert "does not reach its value: schedule.warmup=2.0 epochs are 8 steps, and the run has 1." in done.stderr
+
+
 def test_a_platform_that_is_not_there_ends_in_one_sentence(folder, tmp_path):
     arguments = runs.command(folder, tmp_path / "run", devices=0)[2:]
     done = runs.run_main(*arguments, env=os.environ | {"JAX_PLATFORMS": "rocm"}, cwd=tmp_path, expect=2)
