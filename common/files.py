@@ -51,13 +51,11 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def expanded(path: str | pathlib.Path, field: str) -> pathlib.Path:
-    """The path, with ~ as the user's home; raises `UserError`, which names `field`, if it is none."""
+    """The path, with ~ as the user's home; raises `UserError`, which names `field`, if that is nobody's."""
     try:
-        path = pathlib.Path(path).expanduser()
-        str(path).encode()  # TensorBoard's files have names in UTF-8
-    except (RuntimeError, UnicodeError) as error:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
         raise UserError(f"{field}={path} cannot be a path: {error}") from None
-    return path
 
 
 def check(path: pathlib.Path) -> pathlib.Path:

@@ -46,7 +46,12 @@ def test_split(config) -> str:
 def expanded(workdir: str | pathlib.Path, field: str = "--workdir") -> pathlib.Path:
     """The path of a workdir, with ~ as the user's home; raises `UserError`, which names `field`, if it is no path."""
     require(str(workdir), f"{field}= is empty; it names a folder.")
-    return files.expanded(workdir, field)
+    path = files.expanded(workdir, field)
+    try:
+        str(path).encode()  # TensorBoard's files have names in UTF-8
+    except UnicodeError as error:
+        raise UserError(f"{field}={workdir} cannot be a path: {error}") from None
+    return path
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
