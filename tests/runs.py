@@ -6,6 +6,7 @@ import json
 import multiprocessing.reduction
 import os
 import pathlib
+import pty
 import runpy
 import socket
 import subprocess
@@ -148,6 +149,17 @@ def run_tool(name, *arguments, expect=0, stdin=b"", cwd=None):
         done = subprocess.CompletedProcess(arguments, code, out.read(), err.read())
     assert code == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def on_terminal(name, *arguments):
+    """What `python -m tools.NAME` shows on a terminal, a few kilobytes at most."""
+    ours, theirs = pty.openpty()
+    command = [str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    code = Forked(command, _Descriptor(theirs), _Descriptor(theirs)).wait()
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours), os.close(theirs)
+    assert code == 0, shown
+    return shown
 
 
 class _Descriptor:

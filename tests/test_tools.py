@@ -199,6 +199,12 @@ def test_predict_prints_json_lines(workdir, folder):
         ]
 
 
+def test_predict_on_a_terminal_shows_answers_and_no_bar_between_them(workdir, folder):
+    files = sorted((folder / "photos" / "test" / "a").iterdir())[:2]
+    shown = runs.on_terminal("predict", f"--workdir={workdir}", "--top=1", *files)
+    assert shown.count("%") == 2 and not set(shown) & set("━╸╺"), shown
+
+
 def test_predict_goes_on_after_a_bad_file_and_says_so_at_the_end(workdir, folder, tmp_path):
     (tmp_path / "bad.jpg").write_text("no image")
     good = folder / "photos" / "test" / "a" / "0000.jpg"
