@@ -125,7 +125,12 @@ class Checkpoints:
         if self._saving is None:
             return
         with self._explained():
-            self._saved.result()
+            saved, self._saved = self._saved, None
+            try:
+                saved.result() if saved else self._finish()
+            finally:
+                with contextlib.suppress(Exception):
+                    self._manager.wait_until_finished()  # Orbax raises once in each thread; `close` would raise again
         self._saving = None
 
     def _finish(self) -> None:
@@ -254,9 +259,7 @@ class Checkpoints:
                 self._remove_surplus()
             return restored
         if damaged:
-            cure = (
-                "restore it from a copy" if self._read_only else "delete it to start afresh, or restore it from a copy"
-            )
+            cure = ("" if self._read_only else "delete it to start afresh, or ") + "restore it from a copy"
             raise UserError(
                 f"No checkpoint in {self.directory} can be read (step {max(damaged)}: {damaged[max(damaged)]}); {cure}."
             )
@@ -294,11 +297,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save under way, and releases the folder."""
-        try:
+        with self._thread, contextlib.closing(self._manager):
             self.wait()
-        finally:
-            self._manager.close()
-            self._thread.shutdown()
 
     def __enter__(self):
         return self

@@ -64,7 +64,7 @@ def check(path: pathlib.Path) -> pathlib.Path:
         raise UserError(f"{path} cannot be written: it is a folder.")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}.")
-    _check_access(path.parent)
+    _check_access(path, path.parent)
     return path
 
 
@@ -74,10 +74,10 @@ def folder(path: pathlib.Path) -> pathlib.Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    _check_access(path)
+    _check_access(path, path)
     return path
 
 
-def _check_access(folder: pathlib.Path) -> None:
+def _check_access(path: pathlib.Path, folder: pathlib.Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be written: it belongs to somebody else, or may not be changed.")
+        raise UserError(f"{path} cannot be written: nothing can be added to the folder {folder}.")

@@ -30,7 +30,8 @@ def progress(doing: str, total: int | None, file: TextIO) -> Iterator[Callable[.
         *([rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn()] if total else []),
         rich.progress.TimeElapsedColumn(),
         console=console,
-        redirect_stdout=False,  # it may go elsewhere, as it is
+        redirect_stdout=False,
+        redirect_stderr=False,
         disable=not console.is_terminal,
     )
     task = bar.add_task(doing, total=total)

@@ -21,7 +21,7 @@ from datasets.prepared import LABELS, VERSION, Records, Summary, checksum, direc
 from datasets.progress import progress
 from datasets.statistics import Statistics
 
-FORMAT = 1  # of converted portions; another number, when code makes other records, and none before is used
+FORMAT = 2  # of converted portions; another number, when code makes other records, and none before is used
 
 
 def prepare(

@@ -58,6 +58,8 @@ def is_origin(origin: str, name: str) -> bool:
     """Whether a prepared set of this `Source.origin` was made from the data set `name`. A folder may be gone by now."""
     if str(origin).startswith("TFDS "):
         return not is_folder(name) and origin.startswith(f"TFDS {re.split('[/:]', name)[0]}/")
+    if not is_folder(name) and re.split("[/:]", name)[0] in _tfds_names():
+        return False
     return origin == printable(str(pathlib.Path(name).resolve()))
 
 

@@ -70,15 +70,18 @@ class ArmRun:
         self.before = stored if stored.get("finished") else {}, _size(self.workdir / "metrics.jsonl")
         self._write(self._command(finished=False))
         self.said = _size(self.log)
-        self.process = launcher.start(self)
+        try:
+            self.process = launcher.start(self)
+        except (UserError, OSError):
+            self._stay()
+            raise
 
     def ended(self) -> bool:
         """Whether the process is over; notes its success."""
-        finished, size = self.before
         if self.process.poll() == 0:
             self._write(self._command(finished=True))
-        elif self.process.returncode and finished and size == _size(self.workdir / "metrics.jsonl"):
-            self._write(finished)  # it refused this command, and what the earlier one finished stays finished
+        elif self.process.returncode:
+            self._stay()
         return self.process.returncode is not None
 
     def failure(self) -> str:
@@ -86,6 +89,12 @@ class ArmRun:
         said = self.log.read_bytes()[self.said :].decode(errors="replace")
         errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
         return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.log}"
+
+    def _stay(self) -> None:
+        """What an earlier command has finished stays finished, if this one was refused."""
+        finished, size = self.before
+        if finished and size == _size(self.workdir / "metrics.jsonl"):
+            self._write(finished)
 
     def _stored(self) -> dict[str, Any]:
         try:

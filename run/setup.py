@@ -87,11 +87,11 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     rates = optimizer.Rates(config, durations.steps_per_epoch)
     rates.check(shapes.params)
     _compare_processes(config, records)
-    warmup = config.schedule.warmup * durations.steps_per_epoch
-    if is_first and warmup >= durations.num_steps:
+    warmup = round(config.schedule.warmup * durations.steps_per_epoch)
+    if is_first and warmup > durations.num_steps:
         print(
             f"warning: the learning rate does not reach its value: schedule.warmup={config.schedule.warmup} epochs are "
-            f"{warmup:,.0f} steps, and the run has {durations.num_steps:,}.",
+            f"{warmup:,} steps, and the run has {durations.num_steps:,}.",
             file=sys.stderr,
         )
     run = Run(config, workdir, layout, records, durations, rates, shapes)

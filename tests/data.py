@@ -251,6 +251,7 @@ def make_hostile(home: pathlib.Path, outside: pathlib.Path) -> tuple[dict[str, t
         "deep.png": (encoded(Image.fromarray(deep), "PNG"), deep_grey),
         "deep.tif": (encoded(Image.fromarray(deep.astype(np.int32)), "TIFF"), deep_grey),
         "deep.pgm": (b"P5 60 60 65535\n" + deep.astype(">u2").tobytes(), deep_grey),
+        "dark.pgm": (b"P5 60 60 65535\n" + (deep // 257).astype(">u2").tobytes(), (0, 0)),
         "float.tif": (encoded(Image.fromarray(deep.astype(np.float32) / 257), "TIFF"), deep_grey),
         "alpha.png": (encoded(clear, "PNG"), (WHITE, RIGHT)),
         "alpha.webp": (encoded(clear, "WEBP", lossless=True), (WHITE, RIGHT)),

@@ -140,6 +140,34 @@ def test_a_defect_while_saving_is_not_blamed_on_the_disk(saved, tmp_path, monkey
     assert_is(latest(workdir), 2)
 
 
+def test_what_goes_wrong_in_the_background_ends_in_a_sentence(tmp_path, monkeypatch):
+    """As a full disk does. Orbax raises it in each thread that waits, and the second must not hide the first."""
+    save(tmp_path, 1)
+    sentence = r"step 2 cannot be written to .*: No space left on device"
+    with pytest.raises(UserError, match=sentence), checkpoint.Checkpoints(tmp_path) as checkpoints:
+        wait = checkpoints._manager._wait_for_checkpointers
+
+        def full(*_, **__):
+            wait()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoints._manager, "_finalize", full)
+        checkpoints.save(2, state(2), {})
+
+
+def test_ctrl_c_while_a_save_begins_is_what_comes_out(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), checkpoint.Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", interrupted)
+        checkpoints.save(1, state(1), {}, 0.5)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1"]
+
+
 def test_a_damaged_best_gives_way_to_the_next(saved, tmp_path, capsys):
     workdir = shutil.copytree(saved, tmp_path / "run")
     save(workdir, 3, errors=[0.4])

@@ -226,6 +226,11 @@ def test_a_refused_command_leaves_finished_runs_finished(command, tmp_path):
     table = (tmp_path / "w/results.md").read_text()
     _, err = finish(command, "--arms=base", "--config.model.lrn_k=-1.0", expect=2)
     assert err.count("failed: model.lrn_k=-1.0 must be more") == 2
+    log = tmp_path / "w/base/seed-0/log.txt"
+    log.unlink(), log.mkdir()  # so that it does not even start
+    _, err = finish(command, "--arms=base,last", "--seeds=0", "--config.batch_size=8", expect=2)
+    assert "base/seed-0 failed: " in err and "last/seed-0 is finished" in err
+    shutil.rmtree(tmp_path / "w/last")
     _, err = finish(command, "--arms=base", expect=0)
     assert "starts" not in err and "goes on" not in err
     assert (tmp_path / "w/results.md").read_text() == table
@@ -235,6 +240,7 @@ def test_a_run_whose_folder_is_gone_stops_no_other(command, tmp_path):
     process = start(command, "--arms=base,last", "--jobs=2", "--seeds=0", "--config.input.scale=1.0")
     gone = tmp_path / "w/base/seed-0"
     while not (gone / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     shutil.rmtree(gone)
     gone.write_text("in its place")

@@ -266,7 +266,7 @@ def test_features_are_drawn(workdir, folder, tmp_path):
         (["{photo}"], "--out=features.npz for the numbers, --plot"),
         (["--out=x.npy", "{photo}"], "--out=x.npy must end in .npz"),
         (["--out=x.npz"], "Name photographs"),
-        (["--out=/proc/x.npz", "{photo}"], "--out=/proc/x.npz cannot be written"),
+        (["--out=/proc/x.npz", "{photo}"], "/proc/x.npz cannot be written"),
         (["--out=x.npz", "absent.jpg"], "absent.jpg is not there"),
         (["--out=~nobody-of-this-name/x.npz", "absent.jpg"], "--out=~nobody-of-this-name/x.npz cannot be a path"),
         (["--plot=~nobody-of-this-name/x.png", "absent.jpg"], "--plot=~nobody-of-this-name/x.png cannot be a path"),

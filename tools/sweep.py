@@ -171,7 +171,7 @@ class Progress:
         self._already[run.name] = self._fraction(run)
         try:
             run.start(self._launcher)
-        except UserError as error:  # its folder cannot be written, or SLURM refuses it
+        except (UserError, OSError) as error:  # its folder cannot be written, or SLURM refuses it
             self._fail(run, str(error))
             return
         self._under_way.append(run)
@@ -188,8 +188,10 @@ class Progress:
                 if not run.ended():
                     continue
                 reason = run.failure() if run.process.returncode else ""
-            except (UserError, OSError) as error:  # its folder is gone, or cannot be written any more
-                reason = str(error)
+            except (UserError, OSError) as error:
+                if run.process.returncode is None:
+                    continue  # the cluster, or a disk far away, does not answer just now
+                reason = str(error)  # its folder is gone, or cannot be written any more
             self._under_way.remove(run)
             if reason:
                 self._fail(run, reason)
@@ -227,7 +229,7 @@ class Progress:
             page += f"\n![{name}]({name})\n"
         for name, content in (("results.md", page), ("results.csv", results.to_csv(found))):
             with files.replacing(self._workdir / name) as partial:
-                partial.write_text(content, encoding="utf-8")
+                partial.write_text(content, encoding="utf-8", errors="backslashreplace")  # a folder may have any name
 
     # What a person sees.
 
