@@ -105,6 +105,7 @@ def test_evaluate_takes_the_mean_of_networks(workdir, other, folder, tmp_path):
         assert matrix(tmp_path).sum() == 12 and "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_only_networks_of_the_same_classes_and_size_are_averaged(workdir, tmp_path):
     for split in (runs.photographs(tmp_path) / "photos").iterdir():
         (split / "c").rename(split / "d")
