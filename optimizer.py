@@ -34,7 +34,7 @@ def _steps(rate, options, steps_per_epoch, **_):
 
 
 def _cosine(rate, options, steps_per_epoch, num_steps):
-    warmup = _to_steps(options.warmup, steps_per_epoch)
+    warmup = to_steps(options.warmup, steps_per_epoch)
     decay = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
     return optax.join_schedules([optax.constant_schedule(rate), decay], [warmup])
 
@@ -52,15 +52,16 @@ def schedule(config, steps_per_epoch: float) -> optax.Schedule:
     of the longer run from there on.
     """
     options, rate = config.schedule, config.optimizer.learning_rate
-    num_steps = config.num_steps or _to_steps(config.num_epochs, steps_per_epoch)
+    num_steps = config.num_steps or to_steps(config.num_epochs, steps_per_epoch)
     main = SCHEDULES[options.name](rate, options, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    warmup = _to_steps(options.warmup, steps_per_epoch)
+    warmup = to_steps(options.warmup, steps_per_epoch)
     if not warmup:
         return main
     return lambda step: jnp.minimum(1.0, (step + 1) / warmup) * main(step)
 
 
-def _to_steps(epochs: float, steps_per_epoch: float) -> int:
+def to_steps(epochs: float, steps_per_epoch: float) -> int:
+    """Epochs as a whole number of steps."""
     return min(round(epochs * steps_per_epoch), MAX_STEPS)
 
 
@@ -68,7 +69,7 @@ def _piecewise(value: float, factors, steps_per_epoch: float) -> optax.Schedule:
     # Multiplied in float32, as the step does; a float64 product that is rounded afterwards can differ in its last bit.
     values = [np.float32(value), *(np.float32(value) * np.float32(factor) for _, factor in factors)]
     return optax.join_schedules(
-        [optax.constant_schedule(v) for v in values], [_to_steps(epoch, steps_per_epoch) for epoch, _ in factors]
+        [optax.constant_schedule(v) for v in values], [to_steps(epoch, steps_per_epoch) for epoch, _ in factors]
     )
 
 

@@ -249,12 +249,15 @@ def find(names: Iterable[str]) -> list[str | bytes]:
         if name == "-":
             content = sys.stdin.buffer.read() if sys.stdin else b""
             require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
+            if images.is_image(content):
+                found.append(content)
+                continue
+            # Names have no control characters, but images do; and what begins with '<' is a page of the web.
+            names_files = content[:1] != b"<" and not re.search(rb"[\x01-\x08\x0e-\x1f]", content)
+            require(names_files, "stdin is neither an image that can be read nor names of files.")
             listed = list(filter(None, re.split("[\0\n]", os.fsdecode(content))))
             require(listed, "stdin names no file: it should hold an image, or names of files, one a line.")
-            # Names have no control characters, but images do; and what begins with '<' is a page of the web.
-            text = content[:1] != b"<" and not re.search(rb"[\x01-\x08\x0e-\x1f]", content)
-            require(images.is_image(content) or text, "stdin is neither an image that can be read nor names of files.")
-            found += [content] if images.is_image(content) else find(listed)
+            found += find(listed)
             continue
         try:
             path = pathlib.Path(name).expanduser()

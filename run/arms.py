@@ -73,7 +73,7 @@ class ArmRun:
         try:
             self.process = launcher.start(self)
         except (UserError, OSError):
-            self._stay()
+            self._restore_finished()
             raise
 
     def ended(self) -> bool:
@@ -81,7 +81,7 @@ class ArmRun:
         if self.process.poll() == 0:
             self._write(self._command(finished=True))
         elif self.process.returncode:
-            self._stay()
+            self._restore_finished()
         return self.process.returncode is not None
 
     def failure(self) -> str:
@@ -90,7 +90,7 @@ class ArmRun:
         errors = re.findall(r"^error: (.*)", said, re.MULTILINE)
         return errors[-1] if errors else f"exit code {self.process.returncode}, see {self.log}"
 
-    def _stay(self) -> None:
+    def _restore_finished(self) -> None:
         """What an earlier command has finished stays finished, if this one was refused."""
         finished, size = self.before
         if finished and size == _size(self.workdir / "metrics.jsonl"):

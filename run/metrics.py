@@ -19,6 +19,7 @@ import rich.progress
 import parallel
 from common.errors import UserError
 from datasets import tensorflow
+from datasets.progress import printable
 
 # First and last step of a trace, counted from the start: after compilation, and few because a trace is large.
 PROFILED = (10, 14)
@@ -167,7 +168,9 @@ class Recorder:
         """Puts a nested config into TensorBoard's HPARAMS tab, each field by its path; what it cannot take is text."""
         if self.active:
             flat = flax.traverse_util.flatten_dict(config, sep=".")
-            fields = {k: v if isinstance(v, bool | int | float) else _text(v) for k, v in flat.items()}
+            texts = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat.items()}
+            # TensorBoard takes UTF-8, and a folder may have any name.
+            fields = {k: printable(v) if isinstance(v, str) else v for k, v in texts.items()}
             with self._explained():
                 self._tensorboard.write_hparams(fields)
 
@@ -286,11 +289,6 @@ def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
             if _is_line(values):
                 objects.append(values)
     return objects
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode(errors="backslashreplace").decode()  # TensorBoard takes UTF-8, and a folder may have any name
 
 
 def _is_line(values: Any) -> bool:

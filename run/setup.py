@@ -87,7 +87,7 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     rates = optimizer.Rates(config, durations.steps_per_epoch)
     rates.check(shapes.params)
     _compare_processes(config, records)
-    warmup = round(config.schedule.warmup * durations.steps_per_epoch)
+    warmup = optimizer.to_steps(config.schedule.warmup, durations.steps_per_epoch)
     if is_first and warmup > durations.num_steps:
         print(
             f"warning: the learning rate does not reach its value: schedule.warmup={config.schedule.warmup} epochs are "
