@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,41 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common import host
-from common.errors import UserError, require, shortened
+from common import backend, host
+from common.errors import require
 
 AXIS = "devices"
 # How many programs the host lets wait on the devices while it dispatches the next one.
 UNDER_WAY = 1
 Tree = Any
-
-
-def start_devices() -> None:
-    """Starts the devices of JAX, before anything else asks for them.
-
-    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says. A program from
-    the cache has lost the order between collectives in a loop and those outside it (jax 0.10.2 and 0.11.2), so that
-    devices meet in different ones and write into each other's memory: crashes, and once a wrong result.
-
-    Raises:
-      UserError: the platform that JAX_PLATFORMS names is not there.
-    """
-    try:
-        devices = jax.local_devices()
-    except (RuntimeError, AssertionError) as error:
-        # For a platform whose plugin is not installed, JAX fails an assertion that has no message.
-        reason = " ".join(str(error).split()) or "JAX has no plugin for it"
-        raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX cannot use it here ({shortened(reason)}); without this "
-            f"variable it takes what is there."
-        ) from error
-    cached = jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
-    if cached and jax.device_count() > 1 and devices[0].platform == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
-        print(
-            "warning: JAX's compilation cache stays off: with several devices on the CPU it corrupts memory.",
-            file=sys.stderr,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +89,8 @@ class Layout:
 
     Args:
       devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2 if
-        the network has two towers and each process has an even number of devices, else 1.
+        the network has two towers and each process has an even number of devices, else 1. A CPU that `backend` has
+        divided holds replicas, or a single network if a replica would not get an even number of rows.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
       devices: the devices of this process to use, all by default.
@@ -135,7 +107,12 @@ class Layout:
         batch_size: int = 0,
         devices: Sequence[jax.Device] | None = None,
     ):
+        divided = devices is None and backend.divided()
         self.local_devices = list(devices or jax.local_devices())
+        if divided and devices_per_network < 2:
+            devices_per_network = 1
+            if batch_size % (2 * len(self.local_devices)):
+                del self.local_devices[1:]
         local = len(self.local_devices)
         if devices_per_network == 0:
             devices_per_network = 2 if towers == 2 and local % 2 == 0 else 1
@@ -150,7 +127,7 @@ class Layout:
         )
         self.size, together = local * jax.process_count(), jax.device_count()
         sentence = f"Each of {jax.process_count()} processes must have as many devices: this has {local} of {together}."
-        require(devices is not None or self.size == together, sentence)
+        require(devices is not None or divided or self.size == together, sentence)
         below, above = batch_size // self.size * self.size, -(-batch_size // self.size) * self.size
         near = f"{below} or {above}" if below else f"{above}"
         fits = batch_size % self.size == 0

@@ -26,10 +26,10 @@ import checkpoint
 import evaluate
 import models
 import update
-from common import exits
+from common import backend, exits
 from common.errors import UserError, check_name, require, shortened, shown
 from datasets import conversion, folders, images, parts, prepared, sources, wordnet
-from parallel import UNDER_WAY, Layout, addressable, start_devices
+from parallel import UNDER_WAY, Layout, addressable
 from run import setup, workdirs
 from views import VIEWS, center, factors, to_input
 
@@ -69,7 +69,7 @@ class Predictor:
     ):
         self.workdir = workdirs.expanded(workdir)
         check_name("views", views, VIEWS)
-        start_devices()
+        backend.start_devices()
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
         self.config = workdirs.read_config(self.workdir)
         shapes = setup.state_shapes(self.config)

@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from benchmarks import input as input_benchmark
 from benchmarks import measure, step
-from common import host
+from common import backend, host
 from common.errors import UserError, check_ranges, shortened
 from common.exits import fail
 from datasets import opening
@@ -136,12 +136,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     arguments.append(f"--config.model.num_classes={opened.num_classes}")
     config = configured(arguments, overrides)
 
-    devices = len(jax.devices())
+    backend.start_devices()
     on_cpu = [f"--cpu_devices={args.cpu_devices}"] if args.cpu_devices else []
     training = Training([*arguments, *overrides, *on_cpu], log_every)
     bare_config = config.copy_and_resolve_references()
     bare_config.optimizer.learning_rate = 1e-4  # stays finite on noise
-    bare = step.Step(bare_config, devices, config.parallel.devices_per_network)
+    bare = step.Step(bare_config, 0, config.parallel.devices_per_network)
     bare.train()
     batch = config.batch_size
     pipeline = input_benchmark.Timed(
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "batch_size": batch,
         "width": config.model.get("width", 1.0),
-        "devices": devices,
+        "devices": bare.layout.size,
         "steps": config.num_steps,
         "rounds": args.rounds,
         "overrides": list(overrides),

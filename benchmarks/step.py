@@ -26,19 +26,20 @@ import parallel
 import update
 import views
 from benchmarks import measure
+from common import backend
 from common.errors import UserError, check_ranges
 from common.exits import fail
 
 
 class Step:
-    """Our training step, compiled, on one layout of devices."""
+    """Our training step, compiled, on the first of the devices, or on those that main.py would take if it is 0."""
 
     def __init__(self, config, devices: int, devices_per_network: int):
         layout = parallel.Layout(
             devices_per_network,
             towers=config.model.towers,
             batch_size=config.batch_size,
-            devices=jax.devices()[:devices],
+            devices=jax.devices()[:devices] if devices else None,
         )
         self.host_batch, self.mean = _batch(config), np.full((config.input.resize,) * 2 + (3,), 118.0, np.float32)
         merged = jax.device_get(update.init_state(config))
@@ -51,10 +52,10 @@ class Step:
         self._memory = self._step.memory_analysis()
         self._factor = views.factors(config.input)
         self._network = update.build_network(config, layout)
-        self._forward, self._layout = layout.map(self._logits), layout
+        self._forward, self.layout = layout.map(self._logits), layout
 
     def _logits(self, params, batch):
-        batch = self._layout.gather_rows(batch)
+        batch = self.layout.gather_rows(batch)
         images = views.to_input(batch["image"], self.mean, self._factor, batch["shift"], batch["gain"])
         return self._network.apply({"params": params}, images)
 
@@ -65,7 +66,8 @@ class Step:
 
     def forward(self) -> np.ndarray:
         """The logits of the batch, in evaluation."""
-        return parallel.first(jax.block_until_ready(self._forward(self._state.params, self._batch)))
+        logits = parallel.addressable(jax.block_until_ready(self._forward(self._state.params, self._batch)))
+        return np.concatenate(logits[:: self.layout.devices_per_network])
 
     def peak_memory(self) -> int:
         """Bytes that a device needs: what it counted itself, or else what the compiler has planned."""
@@ -164,7 +166,7 @@ def run(config, args) -> dict[str, Any]:
         "batch_size": batch,
         "width": config.model.get("width", 1.0),
         "dtype": config.model.dtype,
-        "devices": args.devices,
+        "devices": steps["jax"].layout.size,
         "images_per_second": batch / best["jax training"],
         "forward_images_per_second": batch / best["jax forward"],
         "flops_per_second": batch * flops / best["jax training"],
@@ -202,7 +204,9 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=_numbers(int), default=[128])
     parser.add_argument("--widths", type=_numbers(float), default=[1.0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--devices", type=int, default=1, help="devices of the training step; simulated ones on a CPU")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="of the training step, simulated on a CPU; 0: those that main.py takes"
+    )
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--compare", choices=("torch", "layouts"))
     parser.add_argument(
@@ -212,14 +216,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="at least so long for one measurement")
     args = parser.parse_args()
     try:
-        check_ranges(vars(args), {"devices": (1, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
+        check_ranges(vars(args), {"devices": (0, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
         if args.torch_compile and args.compare != "torch":
             raise UserError("--torch_compile goes with --compare=torch.")
         if args.compare == "torch" and args.model not in ("alexnet", "cifar"):
             raise UserError(f"--compare=torch has PyTorch forms of alexnet and cifar, not of {args.model}.")
         on_cpu = jax.config.jax_platforms in (None, "", "cpu")
-        if args.devices > 1 and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
+        if args.devices and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)
+        backend.start_devices()
         if args.devices > len(jax.devices()):
             raise UserError(f"--devices={args.devices}, but there are {len(jax.devices())}.")
         results = []

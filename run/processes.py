@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import parallel
-from common import exits
+from common import backend, exits
 from common.errors import UserError
 from run.watch import GONE, Watch, delay_aborts, store
 
@@ -80,7 +80,7 @@ def initialize(coordinator_address: str = "", num_processes: int = 0, process_id
         reason = " ".join(str(error).split())
         raise UserError(f"The processes of this run did not find one another: {reason}") from error
     if not arguments.get("num_processes"):
-        parallel.start_devices()
+        backend.start_devices()
         num_processes, process_id = jax.process_count(), jax.process_index()
     if num_processes > 1:
         _watch = Watch(num_processes, process_id, coordinator_address)
@@ -177,7 +177,7 @@ def company() -> Iterator[Watch | None]:
     """
     watch = _watch
     try:
-        parallel.start_devices()
+        backend.start_devices()
         yield watch
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ import optimizer
 import parallel
 import recipes
 import update
-from common import host
+from common import backend, host
 from common.errors import UserError
 from models import cpu
 from run import setup
@@ -273,6 +273,56 @@ def test_zero_chooses():
     assert parallel.Layout(0, towers=1, devices=jax.devices()[:2]).devices_per_network == 1
 
 
+# Prints how many devices a process starts, and how many networks a layout puts on how many of them, by batch.
+DIVISION = """
+import sys
+from common import host
+host.cores = lambda: int(sys.argv[1])
+import jax
+exec(sys.argv[2])
+from common import backend, host
+backend.start_devices()
+backend.start_devices()
+import parallel
+print(len(jax.devices()))
+for per_network, batch in [(0, 0), (0, 12), (1, 12), (2, 12), (0, 6), (0, 1)]:
+    layout = parallel.Layout(per_network, batch_size=batch, towers=2)
+    print(layout.networks, layout.size)
+"""
+
+
+def divided(cores, code="", **environment):
+    """What that program prints, for a CPU with so many cores, line by line, and its errors."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+    command = [sys.executable, "-c", DIVISION, str(cores), code]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("cores", [2, 16])
+def test_a_cpu_of_several_cores_holds_two_replicas(cores):
+    lines, errors = divided(cores)
+    assert lines == ["2", "2 2", "2 2", "2 2", "1 2", "1 1", "1 1"], "an odd share or none: one device for all"
+    assert not errors
+
+
+@pytest.mark.parametrize(
+    ("cores", "code", "environment", "devices"),
+    [
+        (1, "", {}, "1"),
+        (4, "", {"JAX_NUM_CPU_DEVICES": "1"}, "1"),
+        (4, "", {"JAX_NUM_CPU_DEVICES": "4"}, "4"),
+        (4, "", {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, "1"),
+        (4, "", {"JAX_COMPILATION_CACHE_DIR": "cache"}, "1"),
+        (4, "jax.devices()", {}, "1"),
+    ],
+)
+def test_a_cpu_is_not_divided_where_that_was_decided(cores, code, environment, devices):
+    lines, errors = divided(cores, code, **environment)
+    pairs = {"1": "1 1", "4": "2 4"}  # of four, which were asked for, two hold a network, as GPUs would
+    assert lines[:2] == [devices, pairs[devices]] and "warning" not in errors
+
+
 # Prints how many pages a thread touched anew for four buffers of 20 MB at once, twenty times.
 BUFFERS = """
 import resource, sys, threading
@@ -317,6 +367,6 @@ def compilation_cache(tmp_path):
 
 
 def test_several_cpu_devices_do_without_the_compilation_cache(compilation_cache, capsys):
-    parallel.start_devices()
+    backend.start_devices()
     assert not jax.config.jax_enable_compilation_cache
     assert "compilation cache stays off" in capsys.readouterr().err

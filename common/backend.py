@@ -1,0 +1,64 @@
+"""How JAX's devices start, and into how many a CPU is divided."""
+
+import contextlib
+import os
+import sys
+
+import jax
+
+from common import host
+from common.errors import UserError, shortened
+
+# Into how many devices `start_devices` divides a CPU. Two were measured, on two cores (benchmarks/README.md).
+DIVISION = 2
+_divided = False
+
+
+def start_devices() -> None:
+    """Starts the devices of JAX, before anything else asks for them.
+
+    A CPU of several cores becomes two devices, because XLA leaves most of the work of one device to one core. It
+    stays one if JAX was told how many it has, if JAX's compilation cache is on, and if several processes make the run.
+
+    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says. A program from
+    the cache has lost the order between collectives in a loop and those outside it (jax 0.10.2 and 0.11.2), so that
+    devices meet in different ones and write into each other's memory: crashes, and once a wrong result.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS names is not there.
+    """
+    _divide_cpu()
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        # For a platform whose plugin is not installed, JAX fails an assertion that has no message.
+        reason = " ".join(str(error).split()) or "JAX has no plugin for it"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX cannot use it here ({shortened(reason)}); without this "
+            f"variable it takes what is there."
+        ) from error
+    if _cached() and jax.device_count() > 1 and devices[0].platform == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(
+            "warning: JAX's compilation cache stays off: with several devices on the CPU it corrupts memory.",
+            file=sys.stderr,
+        )
+
+
+def divided() -> bool:
+    """Whether JAX's devices are a CPU that `start_devices` has divided."""
+    return _divided and jax.default_backend() == "cpu"
+
+
+def _cached() -> bool:
+    return bool(jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache)
+
+
+def _divide_cpu() -> None:
+    global _divided
+    told = jax.config.jax_num_cpu_devices != -1 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or _cached() or jax.distributed.is_initialized() or host.cores() < DIVISION:
+        return
+    with contextlib.suppress(RuntimeError):  # the devices have started
+        jax.config.update("jax_num_cpu_devices", DIVISION)
+        _divided = True
