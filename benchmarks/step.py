@@ -139,6 +139,7 @@ def run(config, args) -> dict[str, Any]:
                 ours.params,
                 ours.host_batch,
                 views.center(ours.mean, config.input.crop),
+                views.factors(config.input),
                 device="cpu" if jax.default_backend() == "cpu" else "cuda",
                 compiled=compiled,
             )
@@ -219,8 +220,6 @@ def main() -> None:
         check_ranges(vars(args), {"devices": (0, 1024), "rounds": (1, 1000), "seconds": (0, 3600)}, "--")
         if args.torch_compile and args.compare != "torch":
             raise UserError("--torch_compile goes with --compare=torch.")
-        if args.compare == "torch" and args.model not in ("alexnet", "cifar"):
-            raise UserError(f"--compare=torch has PyTorch forms of alexnet and cifar, not of {args.model}.")
         on_cpu = jax.config.jax_platforms in (None, "", "cpu")
         if args.devices and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)

@@ -1,5 +1,6 @@
 """The same networks, their training step and predictions in PyTorch, as fast as PyTorch makes them."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,35 +8,70 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-CONVOLUTIONS = {"conv1": (4, 0, 1), "conv2": (1, 2, 2), "conv3": (1, 1, 1), "conv4": (1, 1, 2), "conv5": (1, 1, 2)}
+# Stride, padding and groups of each convolution.
+ALEXNET = {"conv1": (4, 0, 1), "conv2": (1, 2, 2), "conv3": (1, 1, 1), "conv4": (1, 1, 2), "conv5": (1, 1, 2)}
+TORCHVISION = {"conv1": (4, 2, 1), "conv2": (1, 2, 1), "conv3": (1, 1, 1), "conv4": (1, 1, 1), "conv5": (1, 1, 1)}
+POOLED = ("conv1", "conv2", "conv5")
 
 
-class AlexNet(torch.nn.Module):
-    """Two towers as grouped convolutions, ReLU, response normalisation, overlapping pooling, dropout.
+class Local(torch.nn.Module):
+    """A layer of stride 1 with a kernel of its own at each place, which PyTorch lacks: a product for each place.
 
     Args:
-      params: the merged parameters of the JAX network.
+      kernel: (H, W, size, size, C, F).
+      bias: (H, W, F).
     """
 
-    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+    def __init__(self, kernel: torch.Tensor, bias: torch.Tensor):
         super().__init__()
-        self.layers = torch.nn.ModuleDict()
-        for name, leaves in params.items():
+        height, width, self._size, _, channels, features = kernel.shape
+        kernel = kernel.permute(0, 1, 4, 2, 3, 5).reshape(height * width, -1, features)
+        self.weight = torch.nn.Parameter(kernel.contiguous())
+        self.bias = torch.nn.Parameter(bias.reshape(height * width, 1, features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, F, H, W)."""
+        seen = F.unfold(x, self._size, padding=self._size // 2).permute(2, 0, 1)  # places, N, C · size²
+        return torch.baddbmm(self.bias, seen, self.weight).permute(1, 2, 0).reshape(len(x), -1, *x.shape[2:])
+
+
+class _Network(torch.nn.Module):
+    """What the networks share: layers with the parameters of the JAX network.
+
+    Args:
+      params: its merged parameters.
+      convolutions: stride, padding and groups of those that are not of stride 1 and as large as their input.
+    """
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]], convolutions: dict[str, tuple[int, int, int]]):
+        super().__init__()
+        self.layers, maps = torch.nn.ModuleDict(), 0
+        for name in sorted(params, key=lambda name: int(re.sub(r"\D", "", name))):  # in order of computation
+            leaves = params[name]
             kernel, bias = (torch.tensor(np.asarray(leaves[kind])) for kind in ("kernel", "bias"))
-            if name in CONVOLUTIONS:
-                stride, padding, groups = CONVOLUTIONS[name]
-                kernel = kernel.permute(3, 2, 0, 1).contiguous()
-                side, features = kernel.shape[-1], kernel.shape[0]
-                layer = torch.nn.Conv2d(kernel.shape[1] * groups, features, side, stride, padding, groups=groups)
+            if kernel.ndim == 6:
+                layer = Local(kernel, bias)
+            elif kernel.ndim == 4:
+                side = kernel.shape[0]
+                stride, padding, groups = convolutions.get(name, (1, side // 2, 1))
+                kernel = kernel.permute(3, 2, 0, 1)
+                layer = torch.nn.Conv2d(kernel.shape[1] * groups, len(kernel), side, stride, padding, groups=groups)
             else:
-                if name == "fc6":  # from rows, columns, maps of NHWC to maps, rows, columns
-                    maps = params["conv5"]["bias"].shape[0]
-                    side = round((kernel.shape[0] / maps) ** 0.5)
-                    kernel = kernel.reshape(side, side, maps, -1).permute(2, 0, 1, 3).reshape(len(kernel), -1)
-                kernel = kernel.T.contiguous()
+                if maps:  # from rows, columns, maps of NHWC to maps, rows, columns
+                    kernel = kernel.reshape(-1, maps, kernel.shape[1]).permute(1, 0, 2).reshape(len(kernel), -1)
+                kernel = kernel.T
                 layer = torch.nn.Linear(kernel.shape[1], kernel.shape[0])
-            layer.weight.data, layer.bias.data = kernel, bias
+            if kernel.ndim < 6:
+                layer.weight.data, layer.bias.data = kernel.contiguous(), bias
+            maps = bias.shape[-1] if kernel.ndim > 2 else 0
             self.layers[name] = layer
+
+
+class AlexNet(_Network):
+    """Two towers as grouped convolutions, ReLU, response normalisation, overlapping pooling, dropout."""
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+        super().__init__(params, ALEXNET)
         # PyTorch divides alpha by the number of maps.
         self.normalize = torch.nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)
 
@@ -44,11 +80,11 @@ class AlexNet(torch.nn.Module):
         layers = self.layers
         overhang = -(x.shape[-1] - 11) % 4
         x = F.pad(x, (0, overhang, 0, overhang))
-        for name in CONVOLUTIONS:
+        for name in ALEXNET:
             x = F.relu(layers[name](x))
             if name in ("conv1", "conv2"):
                 x = self._normalize_towers(x)
-            if name in ("conv1", "conv2", "conv5"):
+            if name in POOLED:
                 x = F.max_pool2d(x, 3, 2)
         x = x.flatten(1)
         for name in ("fc6", "fc7"):
@@ -61,27 +97,30 @@ class AlexNet(torch.nn.Module):
         return self.normalize(x.reshape(2 * n, maps // 2, height, width)).reshape(x.shape)
 
 
-class CifarNet(torch.nn.Module):
-    """The four-layer network for CIFAR-10, without response normalisation.
-
-    Args:
-      params: the merged parameters of the JAX network.
-    """
+class Torchvision(_Network):
+    """torchvision's AlexNet: one tower, no normalisation."""
 
     def __init__(self, params: dict[str, dict[str, np.ndarray]]):
-        super().__init__()
-        self.layers = torch.nn.ModuleDict()
-        for name, leaves in params.items():
-            kernel, bias = (torch.tensor(np.asarray(leaves[kind])) for kind in ("kernel", "bias"))
-            if name == "fc10":  # from rows, columns, maps of NHWC to maps, rows, columns
-                maps = params["conv3"]["bias"].shape[0]
-                kernel = kernel.reshape(-1, maps, kernel.shape[1]).permute(2, 1, 0).reshape(kernel.shape[1], -1)
-                layer = torch.nn.Linear(*reversed(kernel.shape))
-            else:
-                kernel = kernel.permute(3, 2, 0, 1)
-                layer = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=2)
-            layer.weight.data, layer.bias.data = kernel.contiguous(), bias
-            self.layers[name] = layer
+        super().__init__(params, TORCHVISION)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W), standardised, to (N, classes)."""
+        layers = self.layers
+        for name in TORCHVISION:
+            x = F.relu(layers[name](x))
+            if name in POOLED:
+                x = F.max_pool2d(x, 3, 2)
+        x = F.adaptive_avg_pool2d(x, 6).flatten(1)
+        for name in ("fc6", "fc7"):
+            x = F.relu(layers[name](F.dropout(x, 0.5, self.training)))
+        return layers["fc8"](x)
+
+
+class CifarNet(_Network):
+    """The four-layer network for CIFAR-10, without response normalisation."""
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+        super().__init__(params, {})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 3, 32, 32) with the mean subtracted to (N, classes)."""
@@ -92,8 +131,30 @@ class CifarNet(torch.nn.Module):
         return layers["fc10"](x.flatten(1))
 
 
+class CifarLocalNet(_Network):
+    """The network for CIFAR-10 with two layers of local kernels and response normalisation across maps."""
+
+    def __init__(self, params: dict[str, dict[str, np.ndarray]]):
+        super().__init__(params, {})
+        self.normalize = torch.nn.LocalResponseNorm(5, alpha=1e-3, beta=0.75, k=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 24, 24) with the mean subtracted to (N, classes)."""
+        layers = self.layers
+        for name in ("conv1", "conv2"):
+            x = F.max_pool2d(self.normalize(F.relu(layers[name](x))), 3, 2, ceil_mode=True)
+        for name in ("local3", "local4"):
+            x = F.relu(layers[name](x))
+        return layers["fc10"](x.flatten(1))
+
+
 # By the names of `models.MODELS`, with the layout of the maps that is the faster one on two cores.
-NETWORKS = {"alexnet": (AlexNet, torch.contiguous_format), "cifar": (CifarNet, torch.channels_last)}
+NETWORKS = {
+    "alexnet": (AlexNet, torch.contiguous_format),
+    "torchvision": (Torchvision, torch.contiguous_format),
+    "cifar": (CifarNet, torch.channels_last),
+    "cifar_local": (CifarLocalNet, torch.channels_last),
+}
 
 
 class Step:
@@ -102,12 +163,15 @@ class Step:
     Args:
       config: the recipe.
       params, batch, mean: as the JAX step has them.
+      factors: (1,) or (3,), what the pixels are multiplied by after the mean is subtracted.
       device: 'cpu' or 'cuda'; the latter takes channels_last, bfloat16 autocast (if the config says so), cuDNN's
         autotuning and a fused optimizer.
       compiled: whether to use `torch.compile`.
     """
 
-    def __init__(self, config: Any, params: Any, batch: dict[str, np.ndarray], mean: np.ndarray, *, device, compiled):
+    def __init__(
+        self, config: Any, params: Any, batch: dict[str, np.ndarray], mean: np.ndarray, factors, *, device, compiled
+    ):
         self.device = torch.device(device)
         self._cuda = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = True
@@ -124,6 +188,7 @@ class Step:
         self._labels = torch.tensor(batch["label"]).long().to(self.device)
         self._shift = torch.tensor(batch["shift"]).to(self.device)
         self._mean = torch.tensor(mean).to(self.device)
+        self._factors = torch.tensor(factors).to(self.device) if (factors != 1).any() else None
         self._bfloat16 = config.model.dtype == "bfloat16"
         self._layout = layout
         self._loss = torch.compile(self._loss_of, mode="max-autotune") if compiled else self._loss_of
@@ -131,6 +196,7 @@ class Step:
 
     def _inputs(self):
         images = self._images.float() - self._mean + self._shift[:, None, None, :]
+        images = images if self._factors is None else images * self._factors
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self._layout)
 
     def _loss_of(self):

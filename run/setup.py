@@ -81,7 +81,9 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     if is_first:
         workdirs.check(config, workdir)
     shapes = state_shapes(config)
-    check_memory(config, shapes, jax.process_count())
+    on_cpu = layout.local_devices[0].platform == "cpu"
+    copies = len(layout.local_devices) // layout.devices_per_network if on_cpu else 1
+    check_memory(config, shapes, jax.process_count(), copies)
     records = opening.open_records(config.dataset, config.input, num_classes=config.model.num_classes, warn=is_first)
     durations = schema.Durations.of(config, records.num_examples(config.dataset.train_split))
     rates = optimizer.Rates(config, durations.steps_per_epoch)
@@ -222,11 +224,12 @@ def write_new(config, records: prepared.Records, workdir: pathlib.Path, params: 
     workdirs.write_config(config, workdir)
 
 
-def check_memory(config, shapes: update.State, process_count: int = 1) -> None:
+def check_memory(config, shapes: update.State, process_count: int = 1, copies: int = 1) -> None:
     """Refuses a run that this machine's memory cannot hold, before anything of it is allocated; raises `UserError`.
 
-    The count is a lower bound for one of `process_count` hosts: the state, its gradients, and two batches each of
-    training and of evaluation. On a CPU it adds the layers' maps of a training batch.
+    The count is a lower bound for one of `process_count` hosts: the state and its gradients, of which the host's memory
+    holds `copies`, and two batches each of training and of evaluation. On a CPU it adds the layers' maps of a training
+    batch.
     """
     crop, resize = config.input.crop, config.input.resize
     per_view, per_record = 2 * 3 * crop**2, 2 * 3 * resize**2
@@ -244,8 +247,9 @@ def check_memory(config, shapes: update.State, process_count: int = 1) -> None:
     network = ", ".join(f"model.{field}={shown(config.model[field])}" for field in sizes)
     needs = (
         (
-            size(shapes) + size(shapes.params),
-            f"the network, the optimizer's state and gradients ({network}, input.crop={crop})",
+            copies * (size(shapes) + size(shapes.params)),
+            f"the network, the optimizer's state and gradients ({network}, input.crop={crop})"
+            + (f" on {copies} devices, and --cpu_devices=1 takes one" if copies > 1 else ""),
         ),
         (
             -(-config.batch_size // process_count) * per_view,
