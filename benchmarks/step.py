@@ -1,6 +1,6 @@
 """Images a second of the training step on data that are already on the device: `python -m benchmarks.step`.
 
-    python -m benchmarks.step --compare=torch                   beside PyTorch (pip install torch==2.13.0)
+    python -m benchmarks.step --compare=torch                   beside PyTorch (requirements-benchmarks.txt)
     python -m benchmarks.step --compare=layouts --devices=2     two devices, a tower on each, beside one
     python -m benchmarks.step --batch_sizes=16,32,64,128        time against the batch
     python -m benchmarks.step --widths=0.25,0.5,1               and against the width

@@ -24,7 +24,7 @@ class Local(torch.nn.Module):
 
     def __init__(self, kernel: torch.Tensor, bias: torch.Tensor):
         super().__init__()
-        height, width, self._size, _, channels, features = kernel.shape
+        height, width, self._size, *_, features = kernel.shape
         kernel = kernel.permute(0, 1, 4, 2, 3, 5).reshape(height * width, -1, features)
         self.weight = torch.nn.Parameter(kernel.contiguous())
         self.bias = torch.nn.Parameter(bias.reshape(height * width, 1, features))
