@@ -9,7 +9,9 @@ from common import cli, exits, host
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, TensorBoard logs, checkpoints.")
 PROFILE = flags.DEFINE_bool("profile", False, "Also write a trace of steps 10 to 14 after the start, for XProf.")
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Simulate this many devices on the CPU.", lower_bound=0)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "Devices to simulate on the CPU; 0 makes two where it has several cores.", lower_bound=0
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address", "", "HOST:PORT of process 0, or auto; SLURM and TPU need none."
 )

@@ -89,8 +89,8 @@ class Layout:
 
     Args:
       devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2 if
-        the network has two towers and each process has an even number of devices, else 1. A CPU that `backend` has
-        divided holds replicas, or a single network if a replica would not get an even number of rows.
+        the network has two towers and each process has an even number of devices, else 1. On a CPU that `backend` has
+        divided, 0 takes 1, and where each device would not get an even number of rows, 0 and 1 use one device alone.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
       devices: the devices of this process to use, all by default.

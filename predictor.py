@@ -10,10 +10,7 @@ of this process, each with the whole network and its part of a batch.
 
 import functools
 import itertools
-import os
 import pathlib
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +24,8 @@ import evaluate
 import models
 import update
 from common import backend, exits
-from common.errors import UserError, check_name, require, shortened, shown
-from datasets import conversion, folders, images, parts, prepared, sources, wordnet
+from common.errors import UserError, check_name, require, shown
+from datasets import conversion, images, parts, prepared, sources, wordnet
 from parallel import UNDER_WAY, Layout, addressable
 from run import setup, workdirs
 from views import VIEWS, center, factors, to_input
@@ -40,6 +37,14 @@ class Photograph(NamedTuple):
     file: str
     pixels: np.ndarray | None
     reason: str = ""
+
+
+class _Place(NamedTuple):
+    """Devices, with the network and its parameters on them."""
+
+    layout: Layout
+    network: Any
+    params: Any
 
 
 class Predictor:
@@ -86,8 +91,6 @@ class Predictor:
         require(finite, f"The parameters of step {self.step} in {self.workdir} are not finite numbers.")
         self._layout = Layout(1, towers=self.config.model.towers)
         self.batch_size = -(-batch_size // self._layout.size) * self._layout.size
-        self._network = update.build_network(self.config, self._layout)
-        self._sharded = self._layout.shard(self.params)
 
     def predict(self, image: Any, top: int = 5) -> list[tuple[str, float]]:
         """The `top` most probable labels of one image with their probabilities, the most probable first.
@@ -119,7 +122,7 @@ class Predictor:
             raise UserError(f"{name}{error}.") from None
 
     def read(self, files: Iterable[str | bytes]) -> Iterator[Photograph]:
-        """Reads images, see `find`, in threads and in their order. Those that cannot be read come with the reason."""
+        """Reads images, see `arguments.find`, in threads and in order; those that cannot be read have the reason."""
 
         decoding = images.Budget(self.config.dataset.max_pixels)
 
@@ -134,9 +137,6 @@ class Predictor:
 
     def probabilities(self, squares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields (classes,) float32 for each (S, S, 3) uint8 square: how probable each class is."""
-        if not hasattr(self, "_probabilities"):
-            step = evaluate.probabilities(self._network, self.records.mean_image, self.config.input, self._views)
-            self._probabilities = self._layout.map(lambda params, batch: step(params, batch))
         return self._over(self._probabilities, squares)
 
     def features(self, squares: Iterable[np.ndarray], layers: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -147,7 +147,7 @@ class Predictor:
         """
         for layer in layers:
             check_name("layer", layer, self.layers)
-        return self._over(self._features(tuple(layers)), squares)
+        return self._over(functools.partial(self._features, tuple(layers)), squares)
 
     def totals(self, batches: Iterable[Any]) -> dict[str, np.ndarray]:
         """The sums over batches of examples that `evaluate.errors` divides, with the 'confusion' matrix.
@@ -156,8 +156,9 @@ class Predictor:
           batches: with 'image', 'label' and 'mask' as `input_pipeline.eval_batches` gives them, of `batch_size`.
         """
         mean_image, options = self.records.mean_image, self.config.input
-        step = evaluate.build(self._network, self._layout, mean_image, options, self._views, confusion=True)
-        return evaluate.totals(step, self._sharded, batches, self._layout)
+        network, params = self._together.network, self._together.params
+        step = evaluate.build(network, self._layout, mean_image, options, self._views, confusion=True)
+        return evaluate.totals(step, params, batches, self._layout)
 
     def data(self, data_dir: str = "") -> prepared.Records:
         """Opens the prepared set of the run: in `data_dir`; or else where the run last found it, or in the config's.
@@ -204,25 +205,49 @@ class Predictor:
         """The network layer by layer; see `models.layer_table`."""
         return models.layer_table(self.config.model, self.config.input.crop)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 -- a predictor lives as long as its program
-    def _features(self, layers):
-        options = self.config.input
+    @functools.cached_property
+    def _together(self):
+        return self._place(self._layout)
+
+    @functools.cached_property
+    def _alone(self):
+        """The first device: an image alone would wait for the others, which compute its padding."""
+        return self._place(Layout(1, towers=self.config.model.towers, devices=self._layout.local_devices[:1]))
+
+    def _place(self, layout):
+        return _Place(layout, update.build_network(self.config, layout), layout.shard(self.params))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 -- a predictor lives as long as its program
+    def _probabilities(self, alone):
+        place = self._alone if alone else self._together
+        step = evaluate.probabilities(place.network, self.records.mean_image, self.config.input, self._views)
+        return place.layout.map(lambda params, batch: step(params, batch))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def _features(self, layers, alone):
+        options, place = self.config.input, self._alone if alone else self._together
 
         def step(params, batch):
             view = to_input(center(batch, options.crop), self.records.mean_image, factors(options))
-            _, found = models.activations(self._network, params, view)
+            _, found = models.activations(place.network, params, view)
             return {layer: found[layer] for layer in layers}
 
-        return self._layout.map(step)
+        return place.layout.map(step)
 
-    def _over(self, function: Callable, squares: Iterable[np.ndarray]) -> Iterator[Any]:
-        """Yields the rows of `function(params, batch)` over batches of squares, without the padding of the last one."""
+    def _over(self, program: Callable[[bool], Callable], squares: Iterable[np.ndarray]) -> Iterator[Any]:
+        """Yields the rows of `program(alone)(params, batch)` over batches of squares, without the padding of the last.
+
+        `alone` is true for a single square.
+        """
         squares, under_way, most = iter(squares), [], 0
         while batch := list(itertools.islice(squares, self.batch_size)):
-            # A power of two, so that few programs are compiled for few images, or the size of the batches before.
-            most = most or min(_padded(len(batch), self._layout.size), self.batch_size)
+            if not most:
+                alone = len(batch) == 1 < self._layout.size
+                place, function = self._alone if alone else self._together, program(alone)
+                # A power of two, so that few programs are compiled for few images; later batches have its size.
+                most = min(_padded(len(batch), place.layout.size), self.batch_size)
             padding = [np.zeros_like(batch[0])] * (most - len(batch))
-            under_way.append((len(batch), function(self._sharded, self._layout.put(np.stack(batch + padding)))))
+            under_way.append((len(batch), function(place.params, place.layout.put(np.stack(batch + padding)))))
             if len(under_way) > UNDER_WAY:
                 yield from _rows(*under_way.pop(0))
         for count, result in under_way:
@@ -233,55 +258,6 @@ def ranked(probabilities: np.ndarray, top: int) -> list[int]:
     """The `top` most probable classes of a row of probabilities, the most probable first."""
     require(top >= 1, f"top={top} must be at least 1.")
     return np.argsort(-probabilities, kind="stable")[:top].tolist()
-
-
-def find(names: Iterable[str]) -> list[str | bytes]:
-    """The images that are meant by names: files as they are, and in folders all with an image's suffix, sorted.
-
-    '-' is stdin: one image, given as its content in bytes, or the names of files and folders, one a line or with zero
-    bytes between them.
-
-    Raises:
-      UserError: something is not there, or there is no image.
-    """
-    found = []
-    for name in names:
-        if name == "-":
-            content = sys.stdin.buffer.read() if sys.stdin else b""
-            require(content, "stdin is empty: it should hold an image, or names of files, one a line.")
-            if images.is_image(content):
-                found.append(content)
-                continue
-            # Names have no control characters, but images do; and what begins with '<' is a page of the web.
-            names_files = content[:1] != b"<" and not re.search(rb"[\x01-\x08\x0e-\x1f]", content)
-            require(names_files, "stdin is neither an image that can be read nor names of files.")
-            listed = list(filter(None, re.split("[\0\n]", os.fsdecode(content))))
-            require(listed, "stdin names no file: it should hold an image, or names of files, one a line.")
-            found += find(listed)
-            continue
-        try:
-            path = pathlib.Path(name).expanduser()
-        except RuntimeError as error:  # the home of a user who is not there
-            raise UserError(f"{name}: {error}") from None
-        require(path.exists(), f"{shortened(str(name))} is not there.")
-        inside = _inside(path) if path.is_dir() else [str(path)]
-        require(inside, f"{name} holds no image files ({' '.join(folders.IMAGE_SUFFIXES)}).")
-        found += inside
-    return found
-
-
-def _inside(folder: pathlib.Path) -> list[str]:
-    """The files with an image's suffix in a folder and those below it, links followed, but what is hidden."""
-    found, seen = [], set()
-    for where, below, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder above
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = [name for name in below if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".")]  # as preparation does
-        found += [os.path.join(where, name) for name in names if name.lower().endswith(folders.IMAGE_SUFFIXES)]  # noqa: PTH118 -- a Path takes ten times as long
-    return sorted(found)
 
 
 def _square(image: Any, size: int, max_pixels: int, decoding: images.Budget | None = None) -> np.ndarray:

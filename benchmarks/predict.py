@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measure, photographs
-from common import host
+from common import backend, host
 from common.errors import UserError, check_ranges
 from common.exits import fail
 from datasets import prepared
@@ -137,6 +137,7 @@ def main() -> None:
         check_ranges(vars(args), bounds, "--")
         host.keep_freed_memory()
         config = measure.recipe(width=args.width)
+        backend.start_devices()
         with tempfile.TemporaryDirectory() as temporary:
             sample = photographs.sample(
                 pathlib.Path(args.photographs), pathlib.Path(temporary, "photographs"), args.images, 0

@@ -156,7 +156,7 @@ def run(config, args) -> dict[str, Any]:
     candidates["product"] = measure.matrix_product(config.model.dtype)
     seconds = measure.interleaved(candidates, args.rounds)
 
-    batch, flops = config.batch_size, training_flops(config)
+    batch, flops, on_cpu = config.batch_size, training_flops(config), jax.default_backend() == "cpu"
     rows = models.layer_table(config.model, config.input.crop)
     fractions = [
         batch * flops * product / step
@@ -174,7 +174,8 @@ def run(config, args) -> dict[str, Any]:
         "product_flops_per_second": 1 / best["product"],
         "fraction_of_product_rate": statistics.median(fractions),
         "fraction_best": batch * flops * best["product"] / best["jax training"],
-        "peak_memory_bytes": steps["jax"].peak_memory(),
+        # A CPU's devices share its memory.
+        "peak_memory_bytes": steps["jax"].peak_memory() * (steps["jax"].layout.size if on_cpu else 1),
         "parameters_and_maps_bytes": parameters_and_maps(config),
         "compile_seconds": steps["jax"].compile_seconds,
         "multiply_adds": sum(row.multiply_adds for row in rows),
@@ -206,7 +207,10 @@ def main() -> None:
     parser.add_argument("--widths", type=_numbers(float), default=[1.0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--devices", type=int, default=0, help="of the training step, simulated on a CPU; 0: those that main.py takes"
+        "--devices",
+        type=int,
+        default=0,
+        help="devices of the training step, simulated on a CPU; 0: a GPU or TPU, and of a CPU what main.py takes",
     )
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--compare", choices=("torch", "layouts"))
@@ -224,6 +228,8 @@ def main() -> None:
         if args.devices and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)
         backend.start_devices()
+        if not (args.devices or backend.divided()):
+            args.devices = 1
         if args.devices > len(jax.devices()):
             raise UserError(f"--devices={args.devices}, but there are {len(jax.devices())}.")
         results = []

@@ -11,23 +11,29 @@ from common.errors import UserError, shortened
 
 # Into how many devices `start_devices` divides a CPU. Two were measured, on two cores (benchmarks/README.md).
 DIVISION = 2
+# XLA ends a process in which one of a CPU's devices waits so many seconds for another. By default it is a minute, and
+# on a busy machine a replica with a large batch may be later than that.
+_PATIENCE, _A_DAY = "--xla_cpu_collective_call_terminate_timeout_seconds", 86400
 _divided = False
 
 
 def start_devices() -> None:
     """Starts the devices of JAX, before anything else asks for them.
 
-    A CPU of several cores becomes two devices, because XLA leaves most of the work of one device to one core. It
-    stays one if JAX was told how many it has, if JAX's compilation cache is on, and if several processes make the run.
+    A CPU of several cores becomes two devices, because XLA leaves most of the work of one device to one core. It is
+    left as it is if JAX was told how many devices it has, if JAX's compilation cache is on, if several processes make
+    the run, and if its devices have started before.
 
-    With several devices on the CPU it keeps JAX's compilation cache off, whatever the environment says. A program from
-    the cache has lost the order between collectives in a loop and those outside it (jax 0.10.2 and 0.11.2), so that
-    devices meet in different ones and write into each other's memory: crashes, and once a wrong result.
+    If a CPU has several devices that were asked for, JAX's compilation cache is turned off. A program from the cache
+    has lost the order between collectives in a loop and those outside it (jax 0.10.2 and 0.11.2), so that devices meet
+    in different ones and write into each other's memory: crashes, and once a wrong result.
 
     Raises:
       UserError: the platform that JAX_PLATFORMS names is not there.
     """
     _divide_cpu()
+    if _PATIENCE not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}={_A_DAY}".strip()
     try:
         devices = jax.local_devices()
     except (RuntimeError, AssertionError) as error:

@@ -66,7 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
         reductions=3,  # for 'plateau': how often it is divided at most
     )
     config.parallel = dict(
-        # 2 = a tower on each of two devices, 1 = both on each; 0 = 2 if each process has an even number of devices
+        # 2 = a tower on each of two devices, 1 = both on each; 0 = 2 if each process has an even number of devices, but
+        # 1 on a CPU, unless its devices are simulated with --cpu_devices
         devices_per_network=0,
     )
     return config

@@ -47,6 +47,8 @@ class Here:
         cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
         self._cores = [cores[job::jobs] if len(cores) >= jobs else cores for job in range(jobs)]
         self._processes = [None] * jobs
+        # Runs that share cores leave none idle, and a replica more would only cost memory.
+        self._devices = {} if len(cores) >= jobs else {"JAX_NUM_CPU_DEVICES": "1"}
 
     def has_room(self) -> bool:
         """Whether another run can start."""
@@ -59,6 +61,7 @@ class Here:
             self._processes[place] = subprocess.Popen(
                 run.command,
                 cwd=ROOT,
+                env=self._devices | os.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -249,7 +249,7 @@ def check_memory(config, shapes: update.State, process_count: int = 1, copies: i
         (
             copies * (size(shapes) + size(shapes.params)),
             f"the network, the optimizer's state and gradients ({network}, input.crop={crop})"
-            + (f" on {copies} devices, and --cpu_devices=1 takes one" if copies > 1 else ""),
+            + (f", in {copies} copies" if copies > 1 else ""),
         ),
         (
             -(-config.batch_size // process_count) * per_view,
@@ -266,4 +266,5 @@ def check_memory(config, shapes: update.State, process_count: int = 1, copies: i
         raise UserError(
             f"The run needs at least {total / 1e9:,.1f} GB of memory, and this machine has {memory / 1e9:,.1f} GB; "
             f"{most / 1e9:,.1f} GB are for {what}."
+            + (f" With --cpu_devices=1 it holds one network in place of {copies}." if copies > 1 else "")
         )

@@ -293,7 +293,8 @@ for per_network, batch in [(0, 0), (0, 12), (1, 12), (2, 12), (0, 6), (0, 1)]:
 
 def divided(cores, code="", **environment):
     """What that program prints, for a CPU with so many cores, line by line, and its errors."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+    speak = ("JAX_COMPILATION", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(speak)}
     command = [sys.executable, "-c", DIVISION, str(cores), code]
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     return done.stdout.splitlines(), done.stderr

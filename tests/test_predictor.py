@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import io
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +14,11 @@ from PIL import Image
 
 import checkpoint
 import data
-import predictor
 import reference
 import runs
 from common.errors import UserError
 from configs import base
-from datasets import conversion, images, prepared, preparing, wordnet
+from datasets import arguments, conversion, images, prepared, preparing, wordnet
 from predictor import Predictor
 from run import setup, workdirs
 
@@ -73,7 +75,7 @@ def expected(network, pixels, which):
 @pytest.mark.parametrize("which", ["ten", "centre"])
 def test_probabilities_are_those_of_numpy(workdir, folder, which):
     network = Predictor(workdir, views=which, batch_size=4)
-    files = predictor.find([folder / "photos" / "test" / "a"])
+    files = arguments.find([folder / "photos" / "test" / "a"])
     found = list(network.probabilities(photograph.pixels for photograph in network.read(files)))
     assert len(found) == len(files) == 4
     for file, row in zip(files, found, strict=True):
@@ -88,6 +90,36 @@ def test_no_batch_is_larger_than_was_asked_for(workdir, monkeypatch, images, row
     monkeypatch.setattr(network._layout, "put", lambda batch: put.append(len(batch)) or original(batch))
     squares = np.zeros((images, network.size, network.size, 3), np.uint8)
     assert len(list(network.probabilities(squares))) == images and put == rows
+
+
+def test_an_image_alone_takes_the_first_device(workdir):
+    network = Predictor(workdir, views="centre")
+    image = np.random.default_rng(1).integers(0, 256, (network.size, network.size, 3), np.uint8)
+    alone = next(network.probabilities([image]))
+    feature = next(network.features([image], ["fc6"]))["fc6"]
+    assert network._alone.layout.size == 1 < network._layout.size
+    assert "_together" not in vars(network), "the other devices hold no parameters"
+    for row in network.probabilities([image, image]):
+        np.testing.assert_allclose(row, alone, atol=1e-6)
+    for row in network.features([image, image], ["fc6"]):
+        np.testing.assert_allclose(row["fc6"], feature, atol=1e-5)
+
+
+# Whether a process that has just begun predicts on two devices.
+TWO = """
+import sys
+from common import host
+host.cores = lambda: 2
+from predictor import Predictor
+print(Predictor(sys.argv[1])._layout.size)
+"""
+
+
+def test_a_predictor_divides_the_cpu(workdir):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", TWO, str(workdir)]
+    done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]
 
 
 def test_the_three_lines_of_the_documents(network, folder):
@@ -184,30 +216,30 @@ def test_large_files_are_not_read_and_large_images_decoded_one_at_a_time(network
 
 
 def test_files_are_found_in_folders(folder, monkeypatch):
-    names = predictor.find([folder / "photos" / "test"])
+    names = arguments.find([folder / "photos" / "test"])
     assert len(names) == 12 and names == sorted(names)
     (folder / "photos" / "test" / "a" / "notes.txt").write_text("no image")
-    assert predictor.find([folder / "photos" / "test"]) == names
+    assert arguments.find([folder / "photos" / "test"]) == names
     listed = io.TextIOWrapper(io.BytesIO("\n".join(names[:2]).encode() + b"\n\n"))
     monkeypatch.setattr("sys.stdin", listed)
-    assert predictor.find(["-", names[3]]) == [*names[:2], names[3]]
+    assert arguments.find(["-", names[3]]) == [*names[:2], names[3]]
     content = (folder / "photos" / "test" / "a" / "0000.jpg").read_bytes()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert predictor.find(["-"]) == [content]
+    assert arguments.find(["-"]) == [content]
     for content in (b"<!DOCTYPE html>", b"\0\0\0\x1cftypavif\0"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
         with pytest.raises(UserError, match="stdin is neither an image that can be read nor names of files"):
-            predictor.find(["-"])
+            arguments.find(["-"])
     hidden = folder / "photos" / "test" / "a" / ".old"
     hidden.mkdir()
     for place in (hidden / "0.jpg", folder / "photos" / "test" / "a" / "._0000.jpg"):
         place.write_bytes(content)
-    assert predictor.find([folder / "photos" / "test"]) == names, "what is hidden is taken"
+    assert arguments.find([folder / "photos" / "test"]) == names, "what is hidden is taken"
     with pytest.raises(UserError, match=r"absent is not there"):
-        predictor.find([folder / "absent"])
+        arguments.find([folder / "absent"])
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image files"):
-        predictor.find([folder / "empty"])
+        arguments.find([folder / "empty"])
 
 
 # What the workdir keeps of its data set.

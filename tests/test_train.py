@@ -20,7 +20,7 @@ import predictor
 import recipes
 import runs
 import train
-from common import exits
+from common import exits, host
 from common.errors import UserError
 from datasets import prepared
 from run import processes, setup, workdirs
@@ -423,6 +423,16 @@ def test_init_from_a_run_without_checkpoints_names_it(folder, whole, tmp_path):
 def test_a_warm_up_longer_than_the_run_is_said(folder, tmp_path):
     done = runs.run(folder, tmp_path / "run", "--config.schedule.warmup=2.0", "--config.num_steps=1")
     assert "does not reach its value: schedule.warmup=2.0 epochs are 8 steps, and the run has 1." in done.stderr
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_run_divides_the_cpu_if_it_is_the_only_process(folder, tmp_path, joined):
+    address = f"--coordinator_address=127.0.0.1:{runs.free_port()}"
+    company = [address, "--num_processes=1", "--process_id=0"] if joined else []
+    said = runs.run(folder, tmp_path / "run", "--config.num_steps=1", *company, devices=0).stdout
+    replicas = "2 × cpu: the whole network on each device, 2 replicas"
+    alone = "1 × cpu: the whole network on each device"
+    assert f"Devices: {replicas if host.cores() > 1 and not joined else alone}." in said
 
 
 def test_a_platform_that_is_not_there_ends_in_one_sentence(folder, tmp_path):

@@ -24,11 +24,10 @@ from absl import flags
 
 import evaluate
 import input_pipeline
-import predictor
 from common import cli, exits, files
 from common.errors import UserError, nearest, require, shown
 from common.progress import progress
-from datasets import prepared, preparing, sources
+from datasets import arguments, prepared, preparing, sources
 from drawing import canvas, plots
 from predictor import Predictor
 from run import workdirs
@@ -238,7 +237,7 @@ def _of_folder(network: Predictor, root: pathlib.Path):
         raise UserError(f"--dataset={root} cannot be listed: {error.strerror}.") from None
     for folder in folders:
         require(folder in names, f"{root / folder} is no class of {network.workdir}: {nearest(folder, names)}")
-    label_of = {file: names.index(folder) for folder in folders for file in predictor.find([root / folder])}
+    label_of = {file: names.index(folder) for folder in folders for file in arguments.find([root / folder])}
     photographs = shared.Photographs(network, label_of)
 
     def batches():

@@ -11,6 +11,7 @@ from absl import flags
 import predictor
 from common import exits, host
 from common.progress import progress
+from datasets import arguments
 from datasets.progress import printable
 
 # The flags below belong to the tool that calls for them, so that its --help lists them.
@@ -51,16 +52,16 @@ class Photographs:
 
     Args:
       loaded: the network that sees them.
-      arguments: files, folders, or '-' for stdin; see `predictor.find`.
+      names: files, folders, or '-' for stdin; see `arguments.find`.
 
     Attributes:
       files: their names.
       unreadable: how many have been passed over, with a sentence each on stderr.
     """
 
-    def __init__(self, loaded: predictor.Predictor, arguments: Iterable[str]):
+    def __init__(self, loaded: predictor.Predictor, names: Iterable[str]):
         self._network, self.unreadable = loaded, 0
-        self.files = predictor.find(arguments)
+        self.files = arguments.find(names)
 
     def through(
         self, function: Callable[[Iterable[Any]], Iterator[Any]], doing: str, prints: bool = False
