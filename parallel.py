@@ -109,9 +109,9 @@ class Layout:
     ):
         divided = devices is None and backend.divided()
         self.local_devices = list(devices or jax.local_devices())
-        if divided and devices_per_network < 2:
+        if divided and devices_per_network in (0, 1):
             devices_per_network = 1
-            if batch_size % (2 * len(self.local_devices)):
+            if batch_size % (2 * len(self.local_devices)):  # mixup pairs the rows of a replica
                 del self.local_devices[1:]
         local = len(self.local_devices)
         if devices_per_network == 0:

@@ -5,7 +5,8 @@
     print(network.predict("photo.jpg"))
 
 It needs the workdir alone, wherever that lies now, and neither the data set nor TensorFlow. It computes on all devices
-of this process, each with the whole network and its part of a batch.
+of this process, each with the whole network and its part of a batch. An image alone takes the first device; after both
+kinds of calls that device holds the parameters twice.
 """
 
 import functools
@@ -83,7 +84,7 @@ class Predictor:
         fits = (self.records.image_size, self.records.num_classes) == (resize, classes)
         require(fits, f"{self.workdir}: dataset.npz is of another run than config.json.")
         self.labels = wordnet.words(self.records.class_names)
-        self.size, self._views = resize, views
+        self.size, self._views, self._programs = resize, views, {}
         state, meta = _restore(self.workdir, shapes, step)
         workdirs.check_checkpoint(meta, self.config, self.records, self.workdir)
         self.params, self.step = state.evaluated, int(state.step)
@@ -137,7 +138,7 @@ class Predictor:
 
     def probabilities(self, squares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields (classes,) float32 for each (S, S, 3) uint8 square: how probable each class is."""
-        return self._over(self._probabilities, squares)
+        return self._over("probabilities", self._probabilities, squares)
 
     def features(self, squares: Iterable[np.ndarray], layers: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the layers give for the centre view of each of (S, S, 3) uint8 squares; see `models.activations`.
@@ -147,7 +148,8 @@ class Predictor:
         """
         for layer in layers:
             check_name("layer", layer, self.layers)
-        return self._over(functools.partial(self._features, tuple(layers)), squares)
+        layers = tuple(layers)
+        return self._over(layers, functools.partial(self._features, layers), squares)
 
     def totals(self, batches: Iterable[Any]) -> dict[str, np.ndarray]:
         """The sums over batches of examples that `evaluate.errors` divides, with the 'confusion' matrix.
@@ -217,15 +219,12 @@ class Predictor:
     def _place(self, layout):
         return _Place(layout, update.build_network(self.config, layout), layout.shard(self.params))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 -- a predictor lives as long as its program
-    def _probabilities(self, alone):
-        place = self._alone if alone else self._together
+    def _probabilities(self, place):
         step = evaluate.probabilities(place.network, self.records.mean_image, self.config.input, self._views)
         return place.layout.map(lambda params, batch: step(params, batch))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019
-    def _features(self, layers, alone):
-        options, place = self.config.input, self._alone if alone else self._together
+    def _features(self, layers, place):
+        options = self.config.input
 
         def step(params, batch):
             view = to_input(center(batch, options.crop), self.records.mean_image, factors(options))
@@ -234,20 +233,23 @@ class Predictor:
 
         return place.layout.map(step)
 
-    def _over(self, program: Callable[[bool], Callable], squares: Iterable[np.ndarray]) -> Iterator[Any]:
-        """Yields the rows of `program(alone)(params, batch)` over batches of squares, without the padding of the last.
+    def _over(self, name: Any, build: Callable[[_Place], Callable], squares: Iterable[np.ndarray]) -> Iterator[Any]:
+        """Yields the rows of a program over batches of squares, without the padding of the last one.
 
-        `alone` is true for a single square.
+        `build` makes the program, a function of (params, batch), when it is first needed; `name` tells it from others.
         """
         squares, under_way, most = iter(squares), [], 0
         while batch := list(itertools.islice(squares, self.batch_size)):
             if not most:
                 alone = len(batch) == 1 < self._layout.size
-                place, function = self._alone if alone else self._together, program(alone)
+                place = self._alone if alone else self._together
+                if (name, alone) not in self._programs:
+                    self._programs[name, alone] = build(place)
                 # A power of two, so that few programs are compiled for few images; later batches have its size.
                 most = min(_padded(len(batch), place.layout.size), self.batch_size)
             padding = [np.zeros_like(batch[0])] * (most - len(batch))
-            under_way.append((len(batch), function(place.params, place.layout.put(np.stack(batch + padding)))))
+            result = self._programs[name, alone](place.params, place.layout.put(np.stack(batch + padding)))
+            under_way.append((len(batch), result))
             if len(under_way) > UNDER_WAY:
                 yield from _rows(*under_way.pop(0))
         for count, result in under_way:

@@ -32,7 +32,7 @@ from common.exits import fail
 
 
 class Step:
-    """Our training step, compiled, on the first of the devices, or on those that main.py would take if it is 0."""
+    """Our training step, compiled, on the first `devices` devices; 0 takes those of main.py."""
 
     def __init__(self, config, devices: int, devices_per_network: int):
         layout = parallel.Layout(
@@ -121,11 +121,34 @@ def parameters_and_maps(config) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(needed))
 
 
+def compare_networks(config, peer) -> None:
+    """Refuses a PyTorch form, in the module `peer`, that computes something else; raises `UserError`.
+
+    With the initial weights, which are small, neither biases nor normalisation would show in the logits.
+    """
+    random, network = np.random.default_rng(0), update.build_network(config)
+    state = jax.eval_shape(lambda: update.init_state(config))
+
+    def lively(leaf):
+        fan_in = np.prod(leaf.shape[-4:-1]) if len(leaf.shape) in (2, 4, 6) else 1
+        return random.normal(0, (2 / fan_in) ** 0.5, leaf.shape).astype(np.float32)
+
+    params = jax.tree.map(lively, state.params)
+    images = random.normal(0, 60, (8, config.input.crop, config.input.crop, 3)).astype(np.float32)
+    ours = np.asarray(jax.jit(network.apply)({"params": params}, images))
+    theirs = peer.logits(config.model.name, params, images)
+    difference = np.abs(ours - theirs).max() / np.abs(ours).max()
+    if not difference < (1e-4 if config.model.dtype == "float32" else 5e-2):
+        raise UserError(f"PyTorch computes another network: its logits differ by {difference:.1e} of the largest.")
+
+
 def run(config, args) -> dict[str, Any]:
     """Measures one config."""
     steps = {"jax": Step(config, args.devices, args.devices_per_network)}
     candidates = {}
     if args.compare == "layouts":
+        if steps["jax"].layout.size == 1:
+            raise UserError("--compare=layouts compares one device with one: it needs --devices=2.")
         steps["one device"] = Step(config, 1, 1)
     if args.compare == "torch":
         try:
@@ -133,6 +156,7 @@ def run(config, args) -> dict[str, Any]:
         except ImportError as error:
             raise UserError(f"{error}; `pip install -r requirements-benchmarks.txt` installs PyTorch.") from None
         ours = steps["jax"]
+        compare_networks(config, torch_networks)
         for name, compiled in (("torch", False), ("compiled torch", True))[: 1 + args.torch_compile]:
             steps[name] = torch_networks.Step(
                 config,
@@ -228,7 +252,7 @@ def main() -> None:
         if args.devices and on_cpu and jax.config.jax_num_cpu_devices < args.devices:
             jax.config.update("jax_num_cpu_devices", args.devices)
         backend.start_devices()
-        if not (args.devices or backend.divided()):
+        if not args.devices and jax.default_backend() != "cpu":
             args.devices = 1
         if args.devices > len(jax.devices()):
             raise UserError(f"--devices={args.devices}, but there are {len(jax.devices())}.")

@@ -40,7 +40,8 @@ class _Network(torch.nn.Module):
 
     Args:
       params: its merged parameters.
-      convolutions: stride, padding and groups of those that are not of stride 1 and as large as their input.
+      convolutions: (stride, padding, groups) by name; others have stride 1, one group, and padding that keeps the size
+        of the maps.
     """
 
     def __init__(self, params: dict[str, dict[str, np.ndarray]], convolutions: dict[str, tuple[int, int, int]]):
@@ -157,8 +158,17 @@ NETWORKS = {
 }
 
 
+@torch.no_grad()
+def logits(name: str, params: Any, images: np.ndarray) -> np.ndarray:
+    """The logits of a network of NETWORKS in evaluation, of (N, H, W, 3) float32 images."""
+    network = NETWORKS[name][0](params).eval()
+    return network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+
+
 class Step:
     """The training step: uint8 images on the device to updated weights.
+
+    Momentum is 0.9; rates and decays of single layers, which take no time, are left out.
 
     Args:
       config: the recipe.

@@ -48,7 +48,7 @@ class Here:
         self._cores = [cores[job::jobs] if len(cores) >= jobs else cores for job in range(jobs)]
         self._processes = [None] * jobs
         # Runs that share cores leave none idle, and a replica more would only cost memory.
-        self._devices = {} if len(cores) >= jobs else {"JAX_NUM_CPU_DEVICES": "1"}
+        self._devices = {} if len(cores) >= jobs or jobs == 1 else {"JAX_NUM_CPU_DEVICES": "1"}
 
     def has_room(self) -> bool:
         """Whether another run can start."""

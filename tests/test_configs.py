@@ -554,7 +554,7 @@ def test_what_no_memory_can_hold_is_refused(machine, field, value):
     with pytest.raises(UserError, match="needs at least"):
         setup.check_memory(config, setup.state_shapes(config))
     machine(24 * 60_965_224)
-    with pytest.raises(UserError, match="in 2 copies. With --cpu_devices=1 it holds one"):
+    with pytest.raises(UserError, match=r"in 2 copies\. With --cpu_devices=1 it holds one"):
         setup.check_memory(config, setup.state_shapes(config), copies=2)
     config.update_from_flattened_dict({"input.resize": 4096, field: value})
     machine(24 << 30)

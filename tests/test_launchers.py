@@ -52,6 +52,27 @@ def executor(tmp_path, monkeypatch):
     return found
 
 
+# How many devices a run is told to make of the CPU that is one of so many at once.
+ASKING = """
+import pathlib, sys
+from run import arms, launchers
+class Asking(arms.ArmRun):
+    command = [sys.executable, "-c", "import os; print(os.environ.get('JAX_NUM_CPU_DEVICES', 'free'))"]
+run = Asking("base", 0, pathlib.Path(sys.argv[1]), (), 0)
+launchers.Here(int(sys.argv[2])).start(run).wait()
+print(run.log.read_text())
+"""
+
+
+@pytest.mark.parametrize(("jobs", "asked", "says"), [(1, "", "free"), (4096, "", "1"), (4096, "2", "2")])
+def test_runs_that_share_cores_take_one_device_each(tmp_path, jobs, asked, says):
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    variables |= {"JAX_NUM_CPU_DEVICES": asked} if asked else {}
+    command = [sys.executable, "-c", ASKING, str(tmp_path), str(jobs)]
+    done = subprocess.run(command, env=variables, cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [says]
+
+
 def stand_in(tmp_path, code):
     run = StandIn("base", 0, tmp_path / "run", (str(code),), 0)
     run.workdir.mkdir(parents=True)

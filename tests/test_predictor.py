@@ -105,6 +105,17 @@ def test_an_image_alone_takes_the_first_device(workdir):
         np.testing.assert_allclose(row["fc6"], feature, atol=1e-5)
 
 
+def test_several_predictors_keep_their_programs(workdir):
+    networks = [Predictor(workdir, views="centre") for _ in range(3)]
+    images = [np.zeros((network.size, network.size, 3), np.uint8) for network in networks]
+    for network, image in zip(networks, images, strict=True):
+        list(network.probabilities([image])), list(network.probabilities([image, image]))
+    kept = [dict(network._programs) for network in networks]
+    for network, image in zip(networks, images, strict=True):
+        list(network.probabilities([image])), list(network.probabilities([image, image]))
+    assert kept == [network._programs for network in networks] and [len(each) for each in kept] == [2, 2, 2]
+
+
 # Whether a process that has just begun predicts on two devices.
 TWO = """
 import sys
@@ -116,7 +127,8 @@ print(Predictor(sys.argv[1])._layout.size)
 
 
 def test_a_predictor_divides_the_cpu(workdir):
-    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    speak = ("JAX_COMPILATION", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(speak)}
     command = [sys.executable, "-c", TWO, str(workdir)]
     done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2"]

@@ -42,7 +42,7 @@ JOBS = flags.DEFINE_integer(
 LAUNCHER = flags.DEFINE_enum("launcher", "here", ["here", "slurm"], "Run here, or as jobs of a SLURM cluster.")
 ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the sweep's, with commas between them.")
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "For each run, as of main.py.", lower_bound=0)
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "--cpu_devices of each run.", lower_bound=0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.")
 
 SECONDS = 2.0  # between looks at the runs
