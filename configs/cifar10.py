@@ -17,8 +17,8 @@ layers-conv-local-11pct). `:13pct` is `:11pct` without normalisation: the two ne
 `:18pct` trains on whole images, the other two on random crops of 24 pixels and their reflections, with ten views at the
 end. The source trained these two on four of the five batches for some 300 epochs, then on all five for 150, and
 lowered the kernels' rate twice for ten epochs each; here it is all five batches from the start. The test images are
-looked at once, at the end. Measured: `:18pct` has 20.0 % test error, 19.2 % in the mean with the reflections, on JPEGs of
-8,000 test images (docs/reproduction.md). The other two have not been trained here.
+looked at once, at the end. Measured: `:18pct` has 20.0 % test error, 19.2 % in the mean with the reflections, on
+JPEGs of 8,000 test images (docs/reproduction.md). The other two have not been trained here.
 
 `--config.dataset.name=data/cifar10` takes a folder of 32×32 images instead of the TFDS set. Records of 32×32 are stored
 as PNG, without loss.
