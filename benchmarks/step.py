@@ -138,8 +138,14 @@ def compare_networks(config, peer) -> None:
     ours = np.asarray(jax.jit(network.apply)({"params": params}, images))
     theirs = peer.logits(config.model.name, params, images)
     difference = np.abs(ours - theirs).max() / np.abs(ours).max()
-    if not difference < (1e-4 if config.model.dtype == "float32" else 5e-2):
+    if not difference < tolerance(config):
         raise UserError(f"PyTorch computes another network: its logits differ by {difference:.1e} of the largest.")
+
+
+def tolerance(config) -> float:
+    """By how much of the largest one logits of the same network may differ here."""
+    # GPUs compute float32 products in TF32, whose mantissa is hardly longer than bfloat16's.
+    return 1e-4 if jax.default_backend() == "cpu" and config.model.dtype == "float32" else 5e-2
 
 
 def run(config, args) -> dict[str, Any]:
@@ -169,9 +175,7 @@ def run(config, args) -> dict[str, Any]:
             )
         difference = np.abs(ours.forward() - steps["torch"].forward()).max() / np.abs(ours.forward()).max()
         print(f"the logits of both differ by {difference:.1e} of the largest")
-        # GPUs compute float32 products in TF32, whose mantissa is hardly longer than bfloat16's.
-        exactly = jax.default_backend() == "cpu" and config.model.dtype == "float32"
-        if not difference < (1e-4 if exactly else 5e-2):
+        if not difference < tolerance(config):
             raise UserError("PyTorch computes something else, so that there is nothing to compare.")
     for name, step in steps.items():
         step.train(), step.forward()
