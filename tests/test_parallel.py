@@ -294,7 +294,7 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 def divided(cores, code="", **environment):
-    """What that program prints, for a CPU with so many cores, line by line, and its errors."""
+    """The lines and the errors that DIVISION prints on a CPU with so many cores."""
     speak = ("JAX_COMPILATION", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(speak)}
     command = [sys.executable, "-c", DIVISION, str(cores), code]
