@@ -229,6 +229,8 @@ SOMETIMES = {
     ),
 }
 FIELDS = dict(fields(alexnet.get_config()))
+# Of NEVER, what one field takes all the same.
+SOUND = {"optimizer.layer_decay": ("(('conv1', 5),)",)}
 # Beside a field, what gives its values a meaning.
 WITH = {"schedule.factors": ("--config.schedule.name=steps",), "num_epochs": ("--config.num_steps=0",)}
 
@@ -236,7 +238,8 @@ WITH = {"schedule.factors": ("--config.schedule.name=steps",), "num_epochs": ("-
 def values(name):
     """(value, whether it may be accepted) of each hostile value of a field."""
     kind = type(FIELDS[name])
-    return [(value, False) for value in NEVER[kind]] + [(value, True) for value in SOMETIMES[kind]]
+    sound = SOUND.get(name, ())
+    return [(value, value in sound) for value in NEVER[kind]] + [(value, True) for value in SOMETIMES[kind]]
 
 
 def described(name, value, code, said):
