@@ -19,7 +19,7 @@ from scipy import stats
 import models
 import runs
 from common import cli
-from configs.sweeps import Arm, Measure, Sweep, claims, epochs_to, last
+from configs.sweeps import Arm, Measure, Sweep, caltech101, claims, epochs_to, figure1, initial_weights, last
 from run import arms, results
 
 BOUND = Measure("error", last("test/top1_error"))
@@ -112,10 +112,20 @@ def test_the_epoch_of_a_bound():
     assert (epochs_to("x", 0.25)(found), epochs_to("x", 0.1)(found)) == (1.5, None)
 
 
-@pytest.mark.parametrize("variant", ["", "imagenet"])
-def test_every_claim_is_a_network(variant):
-    """Each arm's overrides are fields, and give another network or another input than the base."""
-    found = claims.get_sweep(variant)
+SWEEPS = {
+    "caltech101": caltech101.get_sweep(),
+    "caltech101:short": caltech101.get_sweep("short"),
+    "claims": claims.get_sweep(),
+    "claims:imagenet": claims.get_sweep("imagenet"),
+    "figure1": figure1.get_sweep(),
+    "figure1:search": figure1.get_sweep("search"),
+    "initial_weights": initial_weights.get_sweep(),
+}
+
+
+@pytest.mark.parametrize("found", SWEEPS.values(), ids=SWEEPS)
+def test_every_arm_is_a_recipe(found):
+    """Each arm's overrides are fields, and give another network, input or rule than the base."""
     seen, trained = set(), [arm for arm in found.arms.values() if not arm.reads]
     for arm in trained:
         config = cli.load_config(str(runs.ROOT / found.config))
