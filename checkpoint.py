@@ -15,9 +15,7 @@ import contextlib
 import errno
 import importlib.metadata
 import json
-import os
 import pathlib
-import re
 import shutil
 import sys
 import zlib
@@ -28,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from common.errors import UserError
+from common.errors import UserError, reason, system_error
 
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # What says that files are damaged, found by changing every byte of a checkpoint: exceptions of Orbax, TensorStore and
@@ -75,6 +73,9 @@ class Checkpoints:
                 ),
             ),
         )
+        self._read_records()
+
+    def _read_records(self) -> None:
         self._errors = {}  # validation errors by step, of the checkpoints that have one
         self._damaged = {}  # why the record of a step, and so its error, cannot be read
         for step in self.steps():
@@ -148,11 +149,11 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._tidy()
-            if _system_error(error) is None and not isinstance(error, OSError):
+            if system_error(error) is None and not isinstance(error, OSError):
                 raise  # a defect, of this code or of Orbax
             there = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
             raise UserError(
-                f"The checkpoint of step {step} cannot be written to {self.directory}: {_reason(error)}. "
+                f"The checkpoint of step {step} cannot be written to {self.directory}: {reason(error)}. "
                 + (f"The run can go on from step {max(there)}." if there else "There is none before it.")
             ) from error
 
@@ -217,10 +218,10 @@ class Checkpoints:
         try:
             yield
         except DAMAGE as error:
-            if _system_error(error) in REASONS:
-                raise _Damaged(_reason(error)) from error
+            if system_error(error) in REASONS:
+                raise _Damaged(reason(error)) from error
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} cannot be read now: {_reason(error)}. It stays as "
+                f"The checkpoint of step {step} in {self.directory} cannot be read now: {reason(error)}. It stays as "
                 f"it is; start again when that is mended."
             ) from error
 
@@ -234,7 +235,8 @@ class Checkpoints:
             try:
                 return step, *self._restore(step, like)
             except _Damaged as error:
-                self._set_aside(step, error)
+                if not self._removed(step):
+                    self._set_aside(step, error)
         return None
 
     def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -250,6 +252,8 @@ class Checkpoints:
             try:
                 restored = self._restore(step, like)
             except _Damaged as error:
+                if self._removed(step):
+                    return self.restore_latest(like)
                 damaged[step] = error
                 continue
             for newer, error in damaged.items():
@@ -267,7 +271,16 @@ class Checkpoints:
 
     def _set_damaged_aside(self) -> None:
         for step, error in list(self._damaged.items()):
-            self._set_aside(step, error)
+            if not self._removed(step):
+                self._set_aside(step, error)
+
+    def _removed(self, step: int) -> bool:
+        """Whether the run beside this reader has replaced or removed a step; then the others are listed anew."""
+        if not self._read_only or self._path(step).is_dir():
+            return False
+        self._manager.reload()
+        self._read_records()
+        return step not in self.steps()
 
     def _set_aside(self, step: int, error: Exception) -> None:
         if not self._read_only:
@@ -333,17 +346,3 @@ def _best(errors: dict[int, float | None]) -> int | None:
 
 def _seal(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _system_error(error: Exception) -> int | None:
-    """The number with which the system refused a file, also inside one of TensorStore's long messages; else None."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(code[1]) if code else getattr(error, "errno", None)
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, or else the first line of the error, cut to a sentence's length."""
-    if code := _system_error(error):
-        return os.strerror(code)
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.rstrip(".")[:300]

@@ -1,7 +1,7 @@
 """What XLA's compilers say of a recipe on TPUs and GPUs that are not here: `make compiled ARGS='--target=v5e'`.
 
-    make compiled ARGS='--target=v5e --batch_sizes=128,1024'            one chip
-    make compiled ARGS='--target=h100 --devices=2'                      a tower on each of two
+    make compiled ARGS='--target=v5e --batch_sizes=128,1024'            # one chip
+    make compiled ARGS='--target=h100 --devices=2'                      # a tower on each of two
     make compiled ARGS='--target=v5e --devices=256 --batch_sizes=16384 --programs=training'
 
 It compiles the training step and the ten-view evaluation, and answers: does it fit, what bounds it, and what do the

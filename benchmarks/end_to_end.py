@@ -1,8 +1,8 @@
 """Images a second of training by main.py, beside its two stages alone: `python -m benchmarks.end_to_end`.
 
-    python -m benchmarks.end_to_end --dataset=FOLDER_OR_NAME --data_dir=data          configs/alexnet.py as it is
-    python -m benchmarks.end_to_end --dataset=… --steps=2000 --width=0.125            for the memory of a long run
-    python -m benchmarks.end_to_end --dataset=… --config.model.dtype=bfloat16         with any fields of the config
+    python -m benchmarks.end_to_end --dataset=FOLDER_OR_NAME --data_dir=data          # configs/alexnet.py as it is
+    python -m benchmarks.end_to_end --dataset=… --steps=2000 --width=0.125            # for the memory of a long run
+    python -m benchmarks.end_to_end --dataset=… --config.model.dtype=bfloat16         # with any fields of the config
 
 In turn, round by round: main.py from its start to its end in a workdir of its own, the bare training step on data that
 are already on the device (`benchmarks.step`), and the input pipeline with nothing behind it (`benchmarks.input`).

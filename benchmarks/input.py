@@ -1,7 +1,7 @@
 """Images a second of the input pipeline, raw libjpeg-turbo and a Pillow loader: `python -m benchmarks.input`.
 
-    python -m benchmarks.input --photographs=ROOT                   a folder ROOT/train/CLASS/*.jpg
-    python -m benchmarks.input --photographs=ROOT --size=500        scaled to ImageNet's usual size first
+    python -m benchmarks.input --photographs=ROOT                   # a folder ROOT/train/CLASS/*.jpg
+    python -m benchmarks.input --photographs=ROOT --size=500        # scaled to ImageNet's usual size first
 
 The candidates work on a sample of the same photographs, on all cores, in turn, round by round:
 

@@ -1,7 +1,7 @@
 """Images a second of prediction from a folder of JPEGs: `python -m benchmarks.predict --photographs=FOLDER`.
 
-    python -m benchmarks.predict --photographs=CALTECH101 --views=ten,centre                  full width, 1,000 classes
-    python -m benchmarks.predict --photographs=CALTECH101 --compare=torch --torch_compile     beside PyTorch
+    python -m benchmarks.predict --photographs=CALTECH101 --views=ten,centre                # full width, 1,000 classes
+    python -m benchmarks.predict --photographs=CALTECH101 --compare=torch --torch_compile   # beside PyTorch
 
 From the names of the files to the probabilities on the host, as tools.predict computes them, with initial weights. The
 peer is the same network in PyTorch, in a process of its own so that the threads of neither meet those of the other: a

@@ -1,10 +1,10 @@
 """Images a second of the training step on data that are already on the device: `python -m benchmarks.step`.
 
-    python -m benchmarks.step --compare=torch                   beside PyTorch (requirements-benchmarks.txt)
-    python -m benchmarks.step --compare=layouts --devices=2     two devices, a tower on each, beside one
-    python -m benchmarks.step --batch_sizes=16,32,64,128        time against the batch
-    python -m benchmarks.step --widths=0.25,0.5,1               and against the width
-    python -m benchmarks.step --model=cifar                    another network
+    python -m benchmarks.step --compare=torch                   # beside PyTorch (requirements-benchmarks.txt)
+    python -m benchmarks.step --compare=layouts --devices=2     # two devices, a tower on each, beside one
+    python -m benchmarks.step --batch_sizes=16,32,64,128        # time against the batch
+    python -m benchmarks.step --widths=0.25,0.5,1               # and against the width
+    python -m benchmarks.step --model=cifar                     # another network
 
 The full step of a recipe: forward, backward, update, dropout, response normalisation. The candidates run in turn, round
 by round, and between them the machine's own rate of matrix products in the same type.

@@ -29,7 +29,7 @@ def start_devices() -> None:
     in different ones and write into each other's memory: crashes, and once a wrong result.
 
     Raises:
-      UserError: the platform that JAX_PLATFORMS names is not there.
+      UserError: the platform that JAX_PLATFORMS names is not there, or a GPU does not start.
     """
     _divide_cpu()
     if _PATIENCE not in (flags := os.environ.get("XLA_FLAGS", "")):
@@ -39,9 +39,11 @@ def start_devices() -> None:
     except (RuntimeError, AssertionError) as error:
         # For a platform whose plugin is not installed, JAX fails an assertion that has no message.
         reason = " ".join(str(error).split()) or "JAX has no plugin for it"
+        named, reason = jax.config.jax_platforms, shortened(reason)
         raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX cannot use it here ({shortened(reason)}); without this "
-            f"variable it takes what is there."
+            f"JAX_PLATFORMS={named}: JAX cannot use it here ({reason}); without this variable it takes what is there."
+            if named
+            else f"JAX cannot start its devices here ({reason}); JAX_PLATFORMS=cpu computes without them."
         ) from error
     if _cached() and jax.device_count() > 1 and devices[0].platform == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)

@@ -1,6 +1,8 @@
 """Mistakes of the user: one exception, raised anywhere and printed once by `cli.run`; and checks of single values."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,6 +44,20 @@ def shown(value: Any) -> str:
 def shortened(text: str) -> str:
     """A text without its middle if it is long."""
     return text if len(text) <= 400 else f"{text[:300]} … {text[-90:]}"
+
+
+def system_error(error: Exception) -> int | None:
+    """The number with which the system refused a file, also inside one of TensorStore's long messages; else None."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
+def reason(error: Exception) -> str:
+    """What the system said, or else the first line of the error, cut to a sentence's length, or its kind."""
+    if code := system_error(error):
+        return os.strerror(code)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.rstrip(".")[:300]
 
 
 def check_type(field: str, value: Any, kind: type) -> None:

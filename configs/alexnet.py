@@ -3,8 +3,10 @@
     python -m tools.prepare --dataset=imagenet2012 --data_dir=data --manual_dir=WHERE_THE_TARS_ARE
     python main.py --config=configs/alexnet.py --workdir=runs/alexnet
 
-Every number of the paper is a line below. With an even number of GPUs or TPU chips in a process each pair shares a
-network, one tower on each (section 3.2); `--config.parallel.devices_per_network=1` gives every device both towers.
+Every number of the paper is a line below, but for the sizes of the layers and the deviations of the initial weights:
+these are the tables at the top of models/alexnet.py. With an even number of GPUs or TPU chips in a process each pair
+shares a network, one tower on each (section 3.2); `--config.parallel.devices_per_network=1` gives every device both
+towers.
 
 Published: ten views 40.7 % top-1 and 18.2 % top-5 error on the validation set (table 2, "1 CNN"), after 90 epochs, 5 to
 6 days on two GTX 580. Not measured here: this project has not yet trained on ImageNet.

@@ -3,9 +3,9 @@
     python main.py --config=configs/alexnet_2012.py --workdir=runs/alexnet_2012
 
 Where the code differs from the paper's text, this recipe follows the code: the order of the first two layers and a
-second, spatial normalisation; wider initial weights in conv3 to conv5; biases at twice the kernels' first rate, which
-alone is lowered; the images divided by 1.1 while lighting is on; the epochs of each change. Crops and reflections are
-drawn per image here, where the code drew them for 32 images at once.
+second, spatial normalisation; wider initial weights in conv3 to conv5; biases at twice the kernels' first rate,
+throughout, while the kernels' rate is lowered; the images divided by 1.1 while lighting is on; the epochs of each
+change. Crops and reflections are drawn per image here, where the code drew them for 32 images at once.
 
 Published: ten views 40.664 % top-1 and 18.210 % top-5 error on the validation set (the log of #145), after 91 epochs.
 Not measured here: this project has not yet trained on ImageNet.

@@ -8,8 +8,8 @@ Published for Caffe's weights, centre view: 57.1 % top-1 and 80.2 % top-5 accura
 CaffeNet. Not measured here: neither the weights nor ImageNet have been at hand.
 
 What differs from the paper's network: views of 227 pixels without padding; in the normalisation k is 1, and α is
-divided by the size of the window; and there are no towers. Caffe convolves in groups of maps, and normalises
-across both.
+divided by the size of the window; and Caffe knows no towers. It convolves in groups of maps, and normalises across
+both: here they are two towers that are normalised across, on one device or on two.
 
 What differs from Caffe's recipe:
 - Photographs keep their shape: the shorter side becomes 256 pixels, and the central square is cut. Caffe's ImageNet was

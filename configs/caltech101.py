@@ -1,12 +1,13 @@
 """AlexNet from scratch on Caltech-101, 30 training images a class, at a quarter of the paper's width.
 
-    tar -xf caltech101.tar -C data            # gives data/caltech101/{train,test}/CLASS/*.jpg
     python main.py --config=configs/caltech101.py --workdir=runs/caltech101
 
 Measured on two cores of an AMD EPYC, about 40 minutes a run on one core, seeds 0 to 2: 58.5, 59.0 and 59.4 %, mean
 **59.0 ± 0.5 %** mean class accuracy on the test images with ten views (top-1 error 41.8 %, top-5 20.5 %), and 56.8 %
 with the centre view. Published: Zeiler and Fergus (2013, table 4) trained a network of AlexNet's size on 30 images a
 class from scratch, 46.5 ± 1.7 %.
+
+The photographs lie in data/caltech101/{train,test}/CLASS/*.jpg; docs/reproduction.md says which they are.
 
 3,030 photographs are few. In trials of one to two epochs with the paper's initial weights the loss did not fall below
 ln(101): nearly all of each map is then the same in every image, and dropout turns it into noise. So weights are

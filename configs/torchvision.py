@@ -1,7 +1,7 @@
 """torchvision's AlexNet on ImageNet: one tower, no response normalisation ("One weird trick", Krizhevsky 2014).
 
     python -m tools.prepare --dataset=imagenet2012 --data_dir=data --manual_dir=WHERE_THE_TARS_ARE
-    python main.py --config=configs/torchvision.py --workdir=runs/torchvision
+    python main.py --config=configs/torchvision.py --workdir=runs/torchvision_again
 
 Reproduces the network and the schedule of torchvision's `alexnet`: 90 epochs, the rate divided by 10 every 30.
 Published, centre view: 56.522 % top-1 and 79.066 % top-5 accuracy, so 43.478 % and 20.934 % error. Not measured here:

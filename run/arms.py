@@ -11,6 +11,7 @@ from typing import Any
 
 from common import files
 from common.errors import UserError, nearest, require
+from configs import base
 from configs.sweeps import Lines, Sweep
 from run import metrics
 
@@ -24,7 +25,7 @@ class ArmRun:
     Attributes:
       arm, seed, workdir: which, and its folder.
       flags: what follows main.py and --workdir.
-      recipe: a checksum of the recipe without overrides.
+      recipe: a checksum of the recipe without overrides, of the fields that are not neutral.
       process: once it was started; see `launchers`.
       said: the length of its log when it was last started, in bytes.
       before: what command.json said of a finished run when it was last started, and the bytes of its metrics.
@@ -148,7 +149,7 @@ def runs_of(
         for field in arm.overrides if name in arms or not arms else ():
             given = any(override.startswith(f"--config.{field}=") for override in overrides)
             require(not given, f"--config.{field} cannot be given: the arm {name} sets it.")
-    checksum = zlib.crc32(json.dumps(recipe, sort_keys=True).encode())
+    checksum = zlib.crc32(json.dumps(_without(recipe, base.get_config().to_dict()), sort_keys=True).encode())
     return [
         ArmRun(
             name,
@@ -167,6 +168,18 @@ def runs_of(
         for name, arm in sweep.arms.items()
         if not arm.reads
     ]
+
+
+def _without(config: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that differ from the neutral ones, so that a new field leaves finished runs finished."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            if inner := _without(value, neutral.get(name, {})):
+                found[name] = inner
+        elif name not in neutral or value != neutral[name]:
+            found[name] = value
+    return found
 
 
 def override(field: str, value: Any) -> str:

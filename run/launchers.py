@@ -4,6 +4,7 @@ A launcher starts an `ArmRun` and returns its process, which has `poll`, `return
 `subprocess.Popen` has.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -66,17 +67,20 @@ class Here:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=functools.partial(_prepare, self._cores[place]),
+                preexec_fn=functools.partial(_prepare, self._cores[place], os.getpid()),
             )
         return self._processes[place]
 
 
-def _prepare(cores: Collection[int]) -> None:
+def _prepare(cores: Collection[int], parent: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # SLURM sends them to all processes of a job; see `Task`
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        os.sched_setaffinity(0, cores)
+        with contextlib.suppress(OSError):  # a container may have lost a core since
+            os.sched_setaffinity(0, cores)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before this process had asked for its signal
+            os._exit(128 + signal.SIGTERM)
 
 
 class Slurm:

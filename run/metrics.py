@@ -17,7 +17,7 @@ import rich.console
 import rich.progress
 
 import parallel
-from common.errors import UserError
+from common.errors import UserError, reason
 from datasets import tensorflow
 from datasets.progress import printable
 
@@ -207,9 +207,9 @@ class Recorder:
         try:
             yield
         except Exception as error:  # clu and TensorFlow raise exceptions of their own for what they cannot write
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"{self._path.parent} cannot take the metrics: {reason}; the run can go on from its last checkpoint."
+                f"{self._path.parent} cannot take the metrics: {reason(error)}; the run can go on from its last "
+                f"checkpoint."
             ) from error
 
     def __enter__(self):

@@ -12,11 +12,12 @@ import dataclasses
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
+from common.errors import UserError
 from configs.sweeps import Lines, Measure, Sweep
 
 CONFIDENCE = 0.95
@@ -28,10 +29,12 @@ class Row:
 
     Attributes:
       values: by seed.
-      mean: over the seeds; None without values.
+      finished: how many runs have ended, also those that never came to a value, such as to an epoch of 25 % error.
+      mean: over the values; None without values.
       deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
       difference: the mean over the seeds that the base has too of arm minus base, or of arm / base if the measure is
-        compared by ratio; None without such seeds.
+        compared by ratio; None without such seeds, and if a run of either ended without a value: those that have one
+        would be the better ones.
       margin: half of the interval of `difference` (CONFIDENCE, Student's t); None if too few runs say how they spread.
         Ratios, and arms that read the base's runs, have the spread of their own pairs.
       published: that of the paper or a log of 2012, or None.
@@ -40,6 +43,7 @@ class Row:
     arm: str
     measure: Measure
     values: Mapping[int, float]
+    finished: int
     mean: float | None
     deviation: float | None
     difference: float | None
@@ -53,27 +57,34 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
     Args:
       sweep: its first arm is the base.
       finished: the lines of metrics.jsonl by (arm, seed); arms or seeds may be missing.
+
+    Raises:
+      UserError: a measure cannot be read from a run.
     """
     base, *_ = sweep.arms
     found = []
     for measure in sweep.measures:
-        values = {}
+        values, ended = {}, {}
         for name, arm in sweep.arms.items():
             read, trained = arm.reads.get(measure.name, measure.read), base if arm.reads else name
-            found_in = {seed: read(lines) for (of, seed), lines in sorted(finished.items()) if of == trained}
+            of_arm = {seed: lines for (of, seed), lines in sorted(finished.items()) if of == trained}
+            found_in = {seed: _read(measure, read, lines, f"{trained}/seed-{seed}") for seed, lines in of_arm.items()}
             values[name] = {seed: value for seed, value in found_in.items() if value is not None}
+            ended[name] = len(found_in)
         noise, freedom = _noise([values[name] for name, arm in sweep.arms.items() if not arm.reads])
         for name, arm in sweep.arms.items():
+            whole = all(len(values[of]) == ended[of] for of in (name, base))
             pairs = _compared(measure, values[name], values[base])
             mean, deviation = _spread(list(values[name].values()))
-            difference, own = _spread(pairs if name != base else [])
+            difference, own = _spread(pairs if whole and name != base else [])
             pooled = not (measure.ratio or arm.reads)
             spread, degrees = (math.sqrt(2) * noise, freedom) if pooled else (own, len(pairs) - 1)
             margin = None
             if difference is not None and degrees > 0:
                 margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * spread / math.sqrt(len(pairs))
             published = arm.published.get(measure.name)
-            found.append(Row(name, measure, values[name], mean, deviation, difference, margin, published))
+            row = (name, measure, values[name], ended[name], mean, deviation, difference, margin, published)
+            found.append(Row(*row))
     return found
 
 
@@ -93,7 +104,7 @@ def to_draw(sweep: Sweep, found: Sequence[Row], measure: Measure) -> tuple[str, 
             scaled(row.difference),
             scaled(row.margin),
             scaled(row.published),
-            [scale * value for value in _compared(measure, row.values, zero)],
+            [scale * value for value in _compared(measure, row.values, zero) if row.difference is not None],
         )
         for row in of_measure.values()
         if row.arm != base
@@ -111,9 +122,18 @@ def curves(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> dict[str,
     return found
 
 
+def _read(measure: Measure, read: Callable[[Lines], float | None], lines: Lines, run: str) -> float | None:
+    try:
+        return read(lines)
+    except Exception as error:  # a function of the sweep's file
+        raise UserError(f"The measure {measure.name!r} of {run}: {type(error).__name__}: {error}.") from error
+
+
 def _compared(measure, values, base):
-    """Arm minus base, or their ratio, of each seed that both have."""
+    """Arm minus base, or their ratio, of each seed that both have; there is no ratio to 0."""
     pairs = [(value, base[seed]) for seed, value in values.items() if seed in base]
+    if measure.ratio:
+        pairs = [pair for pair in pairs if pair[1]]
     return [value / zero if measure.ratio else value - zero for value, zero in pairs]
 
 
@@ -146,14 +166,15 @@ def to_csv(found: Sequence[Row]) -> str:
     """The rows as CSV, in the units of the metrics; `values` are SEED:VALUE."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["arm", "measure", "mean", "deviation", "difference", "low", "high", "published", "values"])
+    heads = ("mean", "deviation", "difference", "low", "high", "published", "values", "finished")
+    writer.writerow(["arm", "measure", *heads])
     for row in found:
         low = high = None
         if row.margin is not None:
             low, high = row.difference - row.margin, row.difference + row.margin
         values = " ".join(f"{seed}:{value!r}" for seed, value in row.values.items())
         numbers = [row.mean, row.deviation, row.difference, low, high, row.published]
-        writer.writerow([row.arm, row.measure.name, *numbers, values])
+        writer.writerow([row.arm, row.measure.name, *numbers, values, row.finished])
     return file.getvalue()
 
 
@@ -170,7 +191,8 @@ def to_markdown(sweep: Sweep, found: Sequence[Row]) -> str:
             if row.measure is measure:
                 overrides = " ".join(f"`{field}={value}`" for field, value in sweep.arms[row.arm].overrides.items())
                 overrides = overrides.replace("|", "\\|")
-                cells = [row.arm, str(len(row.values)), *cells_of(row), overrides]
+                runs = f"{len(row.values)} of {row.finished}" if len(row.values) < row.finished else str(row.finished)
+                cells = [row.arm, runs, *cells_of(row), overrides]
                 lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

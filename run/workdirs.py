@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from common import files
-from common.errors import UserError, require, shortened, shown
+from common.errors import UserError, reason, require, shown
 from datasets import prepared, statistics
 from run import schema
 
@@ -242,5 +242,4 @@ def read_dataset(workdir: str | pathlib.Path) -> prepared.Records:
     except FileNotFoundError:
         raise UserError(f"{workdir} has no dataset.npz, like the runs of earlier versions; {cure}.") from None
     except Exception as error:  # NumPy and zipfile raise anything on damaged files
-        reason = getattr(error, "strerror", None) or shortened(" ".join(str(error).split())) or type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); {cure}.") from None
+        raise UserError(f"{path} is damaged ({reason(error)}); {cure}.") from None

@@ -308,3 +308,17 @@ def test_nothing_is_pickled(saved):
         if file.is_file():
             content = file.read_bytes()
             assert content[:1] != b"\x80" and content[:6] != b"\x93NUMPY", file
+
+
+def test_a_reader_beside_a_run_takes_what_the_run_has_kept(tmp_path, capsys):
+    """Steps that the run has removed since the reader's start are no damage."""
+    save(tmp_path, 1, 2, 3, errors=[0.3, 0.2, 0.4])
+    with (
+        checkpoint.Checkpoints(tmp_path, read_only=True) as best,
+        checkpoint.Checkpoints(tmp_path, read_only=True) as last,
+    ):
+        save(tmp_path, 4, 5, errors=[0.5, 0.1])
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+        assert best.restore_best(state(0))[0] == 5
+        assert_is(last.restore_latest(state(0)), 5)
+    assert capsys.readouterr().err == ""

@@ -19,6 +19,8 @@ from scipy import stats
 import models
 import runs
 from common import cli
+from common.errors import UserError
+from configs import demo
 from configs.sweeps import Arm, Measure, Sweep, caltech101, claims, epochs_to, figure1, initial_weights, last
 from run import arms, results
 
@@ -88,6 +90,42 @@ def test_ratios_are_those_of_each_seed():
     assert results.cells_of(row) == ("28.00 ± 2.83", "× 4.50 ± 6.35", "–")
     title, ((name, _, _, _, by_seed),) = results.to_draw(found, [zero, row], epochs)
     assert (title, name, by_seed) == ("epochs / that of base", "other", [5.0, 4.0])
+
+
+def test_an_arm_with_a_run_that_never_arrives_is_not_compared():
+    """Its other runs are the better ones. There is no ratio to a base of 0 either."""
+    steps = Measure("steps", epochs_to("test/top1_error", 0.2), ratio=True)
+    found = dataclasses.replace(sweep(), measures=[steps])
+    finished = {("base", seed): lines(0.4, 0.4, 0.1) for seed in range(3)}
+    finished |= {("other", seed): lines(0.4, 0.4, 0.4, end) for seed, end in enumerate((0.1, 0.9, 0.9))}
+    zero, row = results.rows(found, finished)
+    assert (row.values, row.finished, row.difference, zero.finished) == ({0: 3.0}, 3, None, 3)
+    assert results.to_draw(found, [zero, row], steps)[1] == [("other", None, None, None, [])]
+    assert "| other | 1 of 3 | 3.00 | – |" in results.to_markdown(found, [zero, row])
+    assert results.rows(found, finished | {("base", 0): lines(0.1), ("other", 1): lines(0.1)})[1].difference is None
+    none = {("base", 0): lines(0.1), ("other", 0): lines(0.4, 0.1)}
+    assert results.rows(found, none)[1].difference is None
+
+
+def test_a_measure_that_fails_names_the_run():
+    found = dataclasses.replace(sweep(), measures=[Measure("error", worse)])
+    with pytest.raises(UserError, match=r"The measure 'error' of other/seed-1: TypeError: "):
+        results.rows(found, {("base", 0): lines(0.5), ("other", 1): [{"step": 1}]})
+
+
+def test_a_new_neutral_field_leaves_finished_runs_finished():
+    def checksum(recipe):
+        (run, *_) = arms.runs_of(sweep(), pathlib.Path("w"), recipe=recipe, arms=(), overrides=(), flags=())
+        return run.recipe
+
+    config = demo.get_config().to_dict()
+    old = {name: value for name, value in config.items() if name != "mixup"}
+    old["optimizer"] = {name: value for name, value in old["optimizer"].items() if name != "layer_decay"}
+    old["input"] = {name: value for name, value in old["input"].items() if name != "crop"}
+    assert checksum(config) != checksum(old)
+    old["input"]["crop"] = config["input"]["crop"]
+    assert checksum(config) == checksum(old)
+    assert checksum(config) != checksum(config | {"mixup": 0.5})
 
 
 def test_an_arm_that_reads_another_metric_takes_the_runs_of_the_base():
@@ -229,6 +267,19 @@ def test_a_failed_arm_stops_no_other_and_finished_runs_stay(command, tmp_path):
     finish(command, "--arms=last", "--seeds=7", "--config.input.scale=0.02", expect=0)
     flags = json.loads((tmp_path / "w/last/seed-7/command.json").read_text())["flags"]
     assert flags[-2:] == ["--config.input.scale=0.02", "--config.seed=7"]
+    finish(command, "--arms=base", "--seeds=7", expect=0)
+    assert "| base | 3 |" in (tmp_path / "w/results.md").read_text(), "the sweep's own seeds have left the table"
+
+
+def test_results_that_cannot_be_written_stop_no_run(command, tmp_path):
+    (tmp_path / "w/results.md").mkdir(parents=True)
+    _, err = finish(command, "--arms=base,last", expect=2)
+    assert len(re.findall(r"warning: .*results\.md cannot be written: ", err)) == 5, err
+    assert re.search(r"results\.md cannot be written: ", runs.sentence(err)), err
+    assert set(counts(tmp_path).values()) == {5} and len(counts(tmp_path)) == 4
+    (tmp_path / "w/results.md").rmdir()
+    _, err = finish(command, "--arms=base,last", expect=0)
+    assert "starts" not in err
 
 
 def test_a_refused_command_leaves_finished_runs_finished(command, tmp_path):
@@ -311,6 +362,7 @@ def test_runs_of_another_recipe_are_not_finished(command, tmp_path):
         ('"base": Arm()', '"base": {}', "arms must be Arm by name"),
         ("seeds=(0, 1)", "seeds=()", "must be numbers from 0 on"),
         ('Arm({"model.lrn_n": 0})', 'Arm(reads={"eror": last("x")})', "The arm bad reads the runs of the base: it is"),
+        ('{"model.lrn_k": 1.0}', '{"model.lrn_k": 1.0}, {"eror": 0.1}', "published 'eror', .* did you mean error"),
         ('{"model.lrn_k": 1.0}', '{"model.lrn_k": "one"}', "model.lrn_k='one' must be a number"),
         ('{"model.lrn_k": 1.0}', '{"model": 1.0}', "model is a section of the config; an arm sets its fields"),
     ],

@@ -1,6 +1,6 @@
 """Prints a config's network layer by layer: `python -m tools.describe --config=configs/alexnet.py[:VARIANT]`.
 
-    python -m tools.describe --config=configs/alexnet.py --plot=network.svg    draws it as well
+    python -m tools.describe --config=configs/alexnet.py --plot=network.svg    # draws it as well
 
 All figures are read off the network itself, as JAX traces it for one image; nothing is computed or loaded.
 """

@@ -1,10 +1,10 @@
 """Measures a trained network on a split: `python -m tools.evaluate --workdir=runs/caltech101`.
 
-    python -m tools.evaluate --workdir=runs/caltech101 --views=centre       as during training
-    python -m tools.evaluate --workdir=runs/caltech101 --split=train        another split, or a part: 'train[:10%]'
-    python -m tools.evaluate --workdir=runs/caltech101 --dataset=photos/    CLASS/*.jpg or SPLIT/CLASS/*.jpg
-    python -m tools.evaluate --workdir=runs/alexnet --dataset=imagenet_v2   a TFDS name
-    python -m tools.evaluate --workdir=runs/seed-0 --also=runs/seed-1       the mean of two networks' probabilities
+    python -m tools.evaluate --workdir=runs/caltech101 --views=centre       # as during training
+    python -m tools.evaluate --workdir=runs/caltech101 --split=train        # another split, or a part: 'train[:10%]'
+    python -m tools.evaluate --workdir=runs/caltech101 --dataset=photos/    # CLASS/*.jpg or SPLIT/CLASS/*.jpg
+    python -m tools.evaluate --workdir=runs/alexnet --dataset=imagenet_v2 --split=test   # a TFDS name
+    python -m tools.evaluate --workdir=runs/seed-0 --also=runs/seed-1       # the mean of two networks' probabilities
 
 Prints the errors, the classes that are best and worst, and the most frequent confusions. The folder --out gets
 metrics.json, classes.csv, confusion.csv and confusion.png; a row of the matrix is a true class. Exit code 2 if an image

@@ -1,7 +1,7 @@
 """Names what photographs show: `python -m tools.predict --workdir=runs/caltech101 photo.jpg folder/ …`.
 
-    python -m tools.predict --workdir=runs/caltech101 photo.jpg                 five labels with their probabilities
-    python -m tools.predict --workdir=runs/caltech101 --json folder/            one JSON object a line
+    python -m tools.predict --workdir=runs/caltech101 photo.jpg                 # five labels with their probabilities
+    python -m tools.predict --workdir=runs/caltech101 --json folder/            # one JSON object a line
     curl -s https://example.org/a.jpg | python -m tools.predict --workdir=runs/caltech101 -
     find . -name '*.png' | python -m tools.predict --workdir=runs/caltech101 -
     python -m tools.predict --workdir=runs/caltech101 --plot=answers.png a.jpg b.jpg

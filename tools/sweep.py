@@ -29,7 +29,7 @@ from absl import flags
 from rich import console, live, table, text
 
 from common import cli, exits, files
-from common.errors import UserError, check_type, require, shown
+from common.errors import UserError, check_type, nearest, require, shown
 from configs.sweeps import Arm, Measure, Sweep
 from drawing import canvas, comparisons
 from run import arms, launchers, results, workdirs
@@ -41,7 +41,7 @@ JOBS = flags.DEFINE_integer(
 )
 LAUNCHER = flags.DEFINE_enum("launcher", "here", ["here", "slurm"], "Run here, or as jobs of a SLURM cluster.")
 ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
-SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the sweep's, with commas between them.")
+SEEDS = flags.DEFINE_list("seeds", [], "Only these seeds, with commas between them; also others than the sweep's.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "--cpu_devices of each run.", lower_bound=0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.")
 
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
         overrides=overrides,
         flags=devices,
     )
-    chosen = [run for run in runs if run.arm in ARMS.value or not ARMS.value]
+    seeds = _seeds() or sweep.seeds
+    chosen = [run for run in runs if (run.arm in ARMS.value or not ARMS.value) and run.seed in seeds]
     if DRY_RUN.value:
         for run in chosen:
             print("#" * run.finished + shlex.join(run.command))
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> int:
     with workdirs.lock(workdir), exits.StopSignal() as stop:
         failed = Progress(sweep, runs, chosen, workdir, launcher).run(stop)
     if stop.code:
+        for failure in failed:
+            print(f"failed: {failure}", file=sys.stderr)
         print("Stopped; the same command goes on.", file=sys.stderr)
         return stop.code
     print(f"{workdir / 'results.md'}", *sorted(workdir.glob("*.png")), sep="\n")
@@ -98,19 +101,18 @@ def _load(overrides: list[str]) -> Sweep:
     """The sweep; its parts, and the fields of all overrides, are checked before anything starts."""
     sweep = cli.call_file("sweep", SWEEP.value)
     require(isinstance(sweep, Sweep), f"--sweep={SWEEP.value}: get_sweep() returns no Sweep: {shown(sweep)}.")
-    if SEEDS.value:
-        fits = all(seed.isdecimal() for seed in SEEDS.value)
-        require(fits, f"--seeds={','.join(SEEDS.value)} must be numbers, such as 0,1,2.")
-        sweep = dataclasses.replace(sweep, seeds=tuple(map(int, SEEDS.value)))
     parts = [*sweep.arms.values(), *sweep.measures] if isinstance(sweep.arms, Mapping) else [None]
     fits = all(isinstance(part, Arm | Measure) for part in parts) and sweep.measures
     require(fits, f"--sweep={SWEEP.value}: arms must be Arm by name, and measures one Measure at least.")
     fits = sweep.seeds and all(type(seed) is int and seed >= 0 for seed in sweep.seeds)
     require(fits, f"The seeds {shown(sweep.seeds)} must be numbers from 0 on, one at least.")
-    require(len(set(sweep.seeds)) == len(sweep.seeds), f"The seeds {shown(sweep.seeds)} have one twice.")
+    for seeds in (sweep.seeds, _seeds()):
+        require(len(set(seeds)) == len(seeds), f"The seeds {shown(seeds)} have one twice.")
     require(sweep.arms, f"--sweep={SWEEP.value} has no arms.")
     measures = {measure.name for measure in sweep.measures}
     for number, (name, arm) in enumerate(sweep.arms.items()):
+        for kind in set(arm.published) - measures:
+            raise UserError(f"The arm {name} has a published {kind!r}, which is no measure: {nearest(kind, measures)}")
         fits = not arm.reads or (number and not arm.overrides and set(arm.reads) <= measures)
         require(
             fits,
@@ -129,7 +131,14 @@ def _load(overrides: list[str]) -> Sweep:
         for field, value in values.items():
             require(not hasattr(known[field], "items"), f"{field} is a section of the config; an arm sets its fields.")
             check_type(field, value, type(known[field]))
-    return sweep
+    return dataclasses.replace(sweep, seeds=tuple(dict.fromkeys([*sweep.seeds, *_seeds()])))
+
+
+def _seeds() -> tuple[int, ...]:
+    """Those of --seeds; () without it."""
+    fits = all(seed.isdecimal() for seed in SEEDS.value)
+    require(fits, f"--seeds={','.join(SEEDS.value)} must be numbers, such as 0,1,2.")
+    return tuple(map(int, SEEDS.value))
 
 
 class Progress:
@@ -152,8 +161,12 @@ class Progress:
         self._console = console.Console(file=sys.stderr)
 
     def run(self, stop: exits.StopSignal) -> list[str]:
-        """Runs until all has ended or a signal came; returns the failures, 'ARM/seed-N (reason)'."""
-        self._write()
+        """Runs until all has ended or a signal came; returns the failures, 'ARM/seed-N (reason)'.
+
+        Raises:
+          UserError: all has ended, and the results cannot be made.
+        """
+        self._renew()
         with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
             try:
                 while (self._waiting or self._under_way) and not stop.code:
@@ -165,6 +178,7 @@ class Progress:
                     self._collect()
             finally:
                 self._stop()
+        self._renew(last=not stop.code)
         return [f"{name} ({reason.rstrip('.')})" for name, reason in self._failed.items()]
 
     def _start(self, run):
@@ -196,7 +210,7 @@ class Progress:
             if reason:
                 self._fail(run, reason)
             else:
-                self._write()
+                self._renew()
                 self._say(f"{run.name} is finished; {self._left()}")
 
     def _stop(self):
@@ -207,6 +221,15 @@ class Progress:
             run.process.wait()
             with contextlib.suppress(UserError, OSError):
                 run.ended()
+
+    def _renew(self, last=False):
+        """Writes the results. What hinders it stops no run: it is an error after the last one, and a warning before."""
+        try:
+            self._write()
+        except (UserError, OSError) as error:
+            if last:
+                raise UserError(str(error)) from error
+            self._say(f"warning: {error}")
 
     def _write(self):
         finished = {(run.arm, run.seed): run.lines() for run in self._runs if run.finished}
