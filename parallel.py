@@ -27,6 +27,8 @@ from common.errors import require
 AXIS = "devices"
 # How many programs the host lets wait on the devices while it dispatches the next one.
 UNDER_WAY = 1
+# With fewer rows of a batch, a replica on a divided CPU costs more time than it saves: each updates all parameters.
+ROWS = 16
 Tree = Any
 
 
@@ -90,7 +92,8 @@ class Layout:
     Args:
       devices_per_network: 1 (both towers on each device), 2 (one tower on each of two devices), or 0 to choose: 2 if
         the network has two towers and each process has an even number of devices, else 1. On a CPU that `backend` has
-        divided, 0 takes 1, and where each device would not get an even number of rows, 0 and 1 use one device alone.
+        divided, 0 takes 1, and where each device would not get an even number of rows, or fewer than ROWS, 0 and 1 use
+        one device alone.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
       devices: the devices of this process to use, all by default.
@@ -111,7 +114,9 @@ class Layout:
         self.local_devices = list(devices or jax.local_devices())
         if divided and devices_per_network in (0, 1):
             devices_per_network = 1
-            if batch_size % (2 * len(self.local_devices)):  # mixup pairs the rows of a replica
+            local = len(self.local_devices)
+            # Mixup pairs the rows of a replica.
+            if batch_size % (2 * local) or 0 < batch_size < ROWS * local:
                 del self.local_devices[1:]
         local = len(self.local_devices)
         if devices_per_network == 0:

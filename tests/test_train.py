@@ -429,7 +429,8 @@ def test_a_warm_up_longer_than_the_run_is_said(folder, tmp_path):
 def test_a_run_divides_the_cpu_if_it_is_the_only_process(folder, tmp_path, joined):
     address = f"--coordinator_address=127.0.0.1:{runs.free_port()}"
     company = [address, "--num_processes=1", "--process_id=0"] if joined else []
-    said = runs.run(folder, tmp_path / "run", "--config.num_steps=1", *company, devices=0).stdout
+    steps = ["--config.num_steps=1", "--config.batch_size=32"]
+    said = runs.run(folder, tmp_path / "run", *steps, *company, devices=0).stdout
     replicas = "2 × cpu: the whole network on each device, 2 replicas"
     alone = "1 × cpu: the whole network on each device"
     assert f"Devices: {replicas if host.cores() > 1 and not joined else alone}." in said
