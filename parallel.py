@@ -27,7 +27,8 @@ from common.errors import require
 AXIS = "devices"
 # How many programs the host lets wait on the devices while it dispatches the next one.
 UNDER_WAY = 1
-# With fewer rows of a batch, a replica on a divided CPU costs more time than it saves: each updates all parameters.
+# With fewer rows of a batch, a replica on a divided CPU may cost more time than it saves: each updates all parameters
+# (benchmarks/README.md, "Against batch and width").
 ROWS = 16
 Tree = Any
 

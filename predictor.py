@@ -289,7 +289,9 @@ def _restore(workdir: pathlib.Path, shapes: update.State, step: str | int) -> tu
             if step == "best" and (best := checkpoints.restore_best(shapes)):
                 return best[1:]
             if step in ("best", "latest"):
-                return checkpoints.restore_latest(shapes)
+                latest = checkpoints.restore_latest(shapes)
+                require(latest, f"{workdir} has no checkpoint just now: its run replaces the only one.")
+                return latest
             number = int(step) if str(step).isdecimal() else None
             at_hand = ", ".join(map(str, known))
             sentence = (

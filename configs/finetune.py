@@ -1,6 +1,6 @@
 """Fine-tuning: goes on from the weights of a run, on photographs of other classes.
 
-    python main.py --config=configs/finetune.py:runs/source --workdir=runs/mine --config.dataset.name=photos \
+    python main.py --config=configs/finetune.py:runs/source --workdir=runs/photos --config.dataset.name=photos \
         --config.model.num_classes=12
 
 The network, the size and scale of its pixels and the update rule are those of the run in runs/source, but no average

@@ -11,9 +11,8 @@ from typing import Any
 
 from common import files
 from common.errors import UserError, nearest, require
-from configs import base
 from configs.sweeps import Lines, Sweep
-from run import metrics
+from run import metrics, schema
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -25,7 +24,7 @@ class ArmRun:
     Attributes:
       arm, seed, workdir: which, and its folder.
       flags: what follows main.py and --workdir.
-      recipe: a checksum of the recipe without overrides, of the fields that are not neutral.
+      recipe: the config without overrides, as JSON stores it.
       process: once it was started; see `launchers`.
       said: the length of its log when it was last started, in bytes.
       before: what command.json said of a finished run when it was last started, and the bytes of its metrics.
@@ -35,7 +34,7 @@ class ArmRun:
     seed: int
     workdir: pathlib.Path
     flags: tuple[str, ...]
-    recipe: int
+    recipe: Mapping[str, Any]
     process: Any = None
     said: int = 0
     before: tuple[dict[str, Any], int] = ({}, 0)
@@ -52,8 +51,17 @@ class ArmRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the same command, with the recipe as it is, has come to its end."""
-        return self._stored() == self._command(finished=True)
+        """Whether the same command, with the recipe as it is, has come to its end.
+
+        Of a field that is newer than the run, the neutral value counts as the one it had.
+        """
+        stored = self._stored()
+        found = stored.get("recipe")
+        if isinstance(found, dict):
+            same = checksum(schema.completed(found)) == checksum(schema.completed(self.recipe))
+        else:
+            same = found == checksum(self.recipe)
+        return same and stored == self._command(finished=True) | {"recipe": found}
 
     def lines(self) -> Lines:
         """The metrics so far."""
@@ -149,7 +157,7 @@ def runs_of(
         for field in arm.overrides if name in arms or not arms else ():
             given = any(override.startswith(f"--config.{field}=") for override in overrides)
             require(not given, f"--config.{field} cannot be given: the arm {name} sets it.")
-    checksum = zlib.crc32(json.dumps(_without(recipe, base.get_config().to_dict()), sort_keys=True).encode())
+    recipe = json.loads(json.dumps(recipe))
     return [
         ArmRun(
             name,
@@ -162,7 +170,7 @@ def runs_of(
                 f"--config.seed={seed}",
                 *flags,
             ),
-            checksum,
+            recipe,
         )
         for seed in sweep.seeds
         for name, arm in sweep.arms.items()
@@ -170,16 +178,9 @@ def runs_of(
     ]
 
 
-def _without(config: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that differ from the neutral ones, so that a new field leaves finished runs finished."""
-    found = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            if inner := _without(value, neutral.get(name, {})):
-                found[name] = inner
-        elif name not in neutral or value != neutral[name]:
-            found[name] = value
-    return found
+def checksum(recipe: Mapping[str, Any]) -> int:
+    """Of a recipe's JSON; earlier versions stored it in place of the recipe."""
+    return zlib.crc32(json.dumps(recipe, sort_keys=True).encode())
 
 
 def override(field: str, value: Any) -> str:

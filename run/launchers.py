@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 
 from common.errors import UserError, require, shortened
 from common.exits import SIGNALS
-from run.arms import ROOT, ArmRun
+from run.arms import ROOT, ArmRun, checksum
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TERMINATED = SIGNALS[signal.SIGTERM], -signal.SIGTERM  # saved, or ended before it had anything to save
@@ -172,7 +172,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess:
 
 def _comment(run: ArmRun) -> str:
     """By what the job of a run is known: a checksum of what it does, and its workdir."""
-    return f"{zlib.crc32(repr((run.flags, run.recipe)).encode()):08x} {run.workdir}"
+    return f"{zlib.crc32(repr((run.flags, checksum(run.recipe))).encode()):08x} {run.workdir}"
 
 
 def _folder(run: ArmRun) -> pathlib.Path:

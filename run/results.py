@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
       values: by seed.
-      finished: how many runs have ended, also those that never came to a value, such as to an epoch of 25 % error.
+      finished: how many runs have come to their end, also those without a value, such as an epoch of 25 % error.
       mean: over the values; None without values.
       deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
       difference: the mean over the seeds that the base has too of arm minus base, or of arm / base if the measure is
@@ -124,9 +124,12 @@ def curves(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> dict[str,
 
 def _read(measure: Measure, read: Callable[[Lines], float | None], lines: Lines, run: str) -> float | None:
     try:
-        return read(lines)
+        value = read(lines)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{value} is no number")
     except Exception as error:  # a function of the sweep's file
         raise UserError(f"The measure {measure.name!r} of {run}: {type(error).__name__}: {error}.") from error
+    return value
 
 
 def _compared(measure, values, base):

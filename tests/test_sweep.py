@@ -113,19 +113,32 @@ def test_a_measure_that_fails_names_the_run():
         results.rows(found, {("base", 0): lines(0.5), ("other", 1): [{"step": 1}]})
 
 
-def test_a_new_neutral_field_leaves_finished_runs_finished():
-    def checksum(recipe):
-        (run, *_) = arms.runs_of(sweep(), pathlib.Path("w"), recipe=recipe, arms=(), overrides=(), flags=())
-        return run.recipe
+def test_a_new_neutral_field_leaves_finished_runs_finished(tmp_path):
+    recipe = demo.get_config().to_dict()
 
-    config = demo.get_config().to_dict()
-    old = {name: value for name, value in config.items() if name != "mixup"}
-    old["optimizer"] = {name: value for name, value in old["optimizer"].items() if name != "layer_decay"}
-    old["input"] = {name: value for name, value in old["input"].items() if name != "crop"}
-    assert checksum(config) != checksum(old)
-    old["input"]["crop"] = config["input"]["crop"]
-    assert checksum(config) == checksum(old)
-    assert checksum(config) != checksum(config | {"mixup": 0.5})
+    def run_of(recipe):
+        return arms.runs_of(sweep(), tmp_path, recipe=recipe, arms=(), overrides=(), flags=())[0]
+
+    def without(section, field):
+        return recipe | {section: {name: value for name, value in recipe[section].items() if name != field}}
+
+    run = run_of(recipe)
+    run.workdir.mkdir(parents=True)
+    command = {"flags": list(run.flags), "finished": True}
+    for stored, finished in (
+        (recipe, True),
+        (without("optimizer", "layer_decay"), True),
+        ({name: value for name, value in recipe.items() if name != "mixup"}, True),
+        (without("input", "crop"), False),  # a recipe's own, not the neutral one
+        (recipe | {"mixup": 0.5}, False),
+        (arms.checksum(recipe), True),  # as earlier versions stored it
+        (arms.checksum(recipe) + 1, False),
+        (None, False),
+    ):
+        (run.workdir / "command.json").write_text(json.dumps(command | {"recipe": stored}))
+        assert run.finished == finished, stored
+    (run.workdir / "command.json").write_text(json.dumps({"recipe": recipe, "finished": True}))
+    assert not run.finished, "of other flags"
 
 
 def test_an_arm_that_reads_another_metric_takes_the_runs_of_the_base():

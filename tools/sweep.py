@@ -41,7 +41,9 @@ JOBS = flags.DEFINE_integer(
 )
 LAUNCHER = flags.DEFINE_enum("launcher", "here", ["here", "slurm"], "Run here, or as jobs of a SLURM cluster.")
 ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
-SEEDS = flags.DEFINE_list("seeds", [], "Only these seeds, with commas between them; also others than the sweep's.")
+SEEDS = flags.DEFINE_list(
+    "seeds", [], "Only these seeds, with commas between them; the results are of the sweep's and of these."
+)
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "--cpu_devices of each run.", lower_bound=0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.")
 
@@ -74,8 +76,6 @@ def main(argv: list[str]) -> int:
     with workdirs.lock(workdir), exits.StopSignal() as stop:
         failed = Progress(sweep, runs, chosen, workdir, launcher).run(stop)
     if stop.code:
-        for failure in failed:
-            print(f"failed: {failure}", file=sys.stderr)
         print("Stopped; the same command goes on.", file=sys.stderr)
         return stop.code
     print(f"{workdir / 'results.md'}", *sorted(workdir.glob("*.png")), sep="\n")
@@ -189,7 +189,7 @@ class Progress:
             self._fail(run, str(error))
             return
         self._under_way.append(run)
-        self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}")
+        self._say(f"{run.name} {'goes on' if self._already[run.name] else 'starts'}", shown_already=True)
 
     def _fail(self, run, reason):
         self._failed[run.name] = reason
@@ -211,7 +211,7 @@ class Progress:
                 self._fail(run, reason)
             else:
                 self._renew()
-                self._say(f"{run.name} is finished; {self._left()}")
+                self._say(f"{run.name} is finished; {self._left()}", shown_already=True)
 
     def _stop(self):
         """Asks the runs under way to save and end, and waits for them."""
@@ -256,9 +256,12 @@ class Progress:
 
     # What a person sees.
 
-    def _say(self, text):
+    def _say(self, text, shown_already=False):
+        """Prints a line, on a terminal above the table, unless the table shows it already."""
         if not self._console.is_terminal:
             print(text, file=sys.stderr, flush=True)
+        elif not shown_already:
+            self._console.print(text, markup=False, highlight=False)
 
     def _fraction(self, run):
         if run.finished:
