@@ -321,4 +321,8 @@ def test_a_reader_beside_a_run_takes_what_the_run_has_kept(tmp_path, capsys):
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
         assert best.restore_best(state(0))[0] == 5
         assert_is(last.restore_latest(state(0)), 5)
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
+        for step in (4, 5):  # as a run does while it writes them anew
+            (tmp_path / f"checkpoints/{step}").rename(tmp_path / f"checkpoints/{step}.replaced")
+        assert reader.restore_best(state(0)) is reader.restore_latest(state(0)) is None
     assert capsys.readouterr().err == ""
