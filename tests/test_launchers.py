@@ -58,7 +58,7 @@ import pathlib, sys
 from run import arms, launchers
 class Asking(arms.ArmRun):
     command = [sys.executable, "-c", "import os; print(os.environ.get('JAX_NUM_CPU_DEVICES', 'free'))"]
-run = Asking("base", 0, pathlib.Path(sys.argv[1]), (), 0)
+run = Asking("base", 0, pathlib.Path(sys.argv[1]), (), {})
 launchers.Here(int(sys.argv[2])).start(run).wait()
 print(run.log.read_text())
 """
@@ -74,7 +74,7 @@ def test_runs_that_share_cores_take_one_device_each(tmp_path, jobs, asked, says)
 
 
 def stand_in(tmp_path, code):
-    run = StandIn("base", 0, tmp_path / "run", (str(code),), 0)
+    run = StandIn("base", 0, tmp_path / "run", (str(code),), {})
     run.workdir.mkdir(parents=True)
     (run.workdir / "steps").touch()
     return run

@@ -4,7 +4,7 @@
 
 Section 5 has a standard deviation of 0.01 for every layer; the source has 0.03 for conv3 to conv5. Both were tuned for
 the width of the paper and pixels of 0 to 255, so the recipe has these, the paper's dropout and its rate. Views have
-112 pixels, to save time. A narrow network does not train with either. docs/reproduction.md has what was measured.
+112 pixels, to save time. docs/reproduction.md has what was measured, and of how many seeds.
 """
 
 from configs.sweeps import Arm, Measure, Sweep, epochs_to, error, last
