@@ -57,11 +57,11 @@ class ArmRun:
         """
         stored = self._stored()
         found = stored.get("recipe")
-        if isinstance(found, dict):
-            same = checksum(schema.completed(found)) == checksum(schema.completed(self.recipe))
-        else:
-            same = found == checksum(self.recipe)
-        return same and stored == self._command(finished=True) | {"recipe": found}
+        if stored != self._command(finished=True) | {"recipe": found}:
+            return False
+        if isinstance(found, dict):  # a table asks every two seconds: most are equal as they are
+            return found == self.recipe or checksum(schema.completed(found)) == checksum(schema.completed(self.recipe))
+        return found == checksum(self.recipe)
 
     def lines(self) -> Lines:
         """The metrics so far."""

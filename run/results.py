@@ -32,9 +32,9 @@ class Row:
       finished: how many runs have come to their end, also those without a value, such as an epoch of 25 % error.
       mean: over the values; None without values.
       deviation: the standard deviation over the seeds, of a sample; None with fewer than two.
-      difference: the mean over the seeds that the base has too of arm minus base, or of arm / base if the measure is
-        compared by ratio; None without such seeds, and if a run of either ended without a value: those that have one
-        would be the better ones.
+      compared: for each seed that the base has too arm minus base, or arm / base if the measure is compared by ratio.
+        Nothing is, if a run of either ended without a value: those that have one would be the better ones.
+      difference: the mean of `compared`; None if it is empty.
       margin: half of the interval of `difference` (CONFIDENCE, Student's t); None if too few runs say how they spread.
         Ratios, and arms that read the base's runs, have the spread of their own pairs.
       published: that of the paper or a log of 2012, or None.
@@ -46,6 +46,7 @@ class Row:
     finished: int
     mean: float | None
     deviation: float | None
+    compared: Sequence[float]
     difference: float | None
     margin: float | None
     published: float | None
@@ -74,17 +75,17 @@ def rows(sweep: Sweep, finished: Mapping[tuple[str, int], Lines]) -> list[Row]:
         noise, freedom = _noise([values[name] for name, arm in sweep.arms.items() if not arm.reads])
         for name, arm in sweep.arms.items():
             whole = all(len(values[of]) == ended[of] for of in (name, base))
-            pairs = _compared(measure, values[name], values[base])
+            pairs = _compared(measure, values[name], values[base]) if whole and name != base else []
             mean, deviation = _spread(list(values[name].values()))
-            difference, own = _spread(pairs if whole and name != base else [])
+            difference, own = _spread(pairs)
             pooled = not (measure.ratio or arm.reads)
             spread, degrees = (math.sqrt(2) * noise, freedom) if pooled else (own, len(pairs) - 1)
             margin = None
             if difference is not None and degrees > 0:
                 margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * spread / math.sqrt(len(pairs))
             published = arm.published.get(measure.name)
-            row = (name, measure, values[name], ended[name], mean, deviation, difference, margin, published)
-            found.append(Row(*row))
+            row = Row(name, measure, values[name], ended[name], mean, deviation, pairs, difference, margin, published)
+            found.append(row)
     return found
 
 
@@ -96,18 +97,16 @@ def to_draw(sweep: Sweep, found: Sequence[Row], measure: Measure) -> tuple[str, 
         return None if value is None else scale * value
 
     base, *_ = sweep.arms
-    of_measure = {row.arm: row for row in found if row.measure is measure}
-    zero = of_measure[base].values
     drawn = [
         (
             row.arm,
             scaled(row.difference),
             scaled(row.margin),
             scaled(row.published),
-            [scale * value for value in _compared(measure, row.values, zero) if row.difference is not None],
+            [scale * value for value in row.compared],
         )
-        for row in of_measure.values()
-        if row.arm != base
+        for row in found
+        if row.measure is measure and row.arm != base
     ]
     return f"{measure.name}{' /' if measure.ratio else ', points −'} that of {base}", drawn
 

@@ -74,10 +74,12 @@ def main(argv: list[str]) -> int:
     launcher = _launcher(slurm, sum(not run.finished for run in chosen))
     exits.outlive_readers()
     with workdirs.lock(workdir), exits.StopSignal() as stop:
-        failed = Progress(sweep, runs, chosen, workdir, launcher).run(stop)
+        progress = Progress(sweep, runs, chosen, workdir, launcher)
+        failed = progress.run(stop)
     if stop.code:
         print("Stopped; the same command goes on.", file=sys.stderr)
         return stop.code
+    require(failed or not progress.hindrance, progress.hindrance)
     print(f"{workdir / 'results.md'}", *sorted(workdir.glob("*.png")), sep="\n")
     if failed:
         raise UserError(f"{len(failed)} of {len(chosen)} runs failed: {'; '.join(failed)}")
@@ -149,6 +151,9 @@ class Progress:
       chosen: the runs to do.
       workdir: where the results go.
       launcher: starts them; see `run.launchers`.
+
+    Attributes:
+      hindrance: why the results could not be written the last time; '' if they were.
     """
 
     def __init__(
@@ -158,14 +163,10 @@ class Progress:
         self._waiting = collections.deque(run for run in chosen if not run.finished)
         self._under_way, self._failed = [], {}
         self._begun, self._already = time.monotonic(), {}
-        self._console = console.Console(file=sys.stderr)
+        self._console, self.hindrance = console.Console(file=sys.stderr), ""
 
     def run(self, stop: exits.StopSignal) -> list[str]:
-        """Runs until all has ended or a signal came; returns the failures, 'ARM/seed-N (reason)'.
-
-        Raises:
-          UserError: all has ended, and the results cannot be made.
-        """
+        """Runs until all has ended or a signal came; returns the failures, 'ARM/seed-N (reason)'."""
         self._renew()
         with live.Live(console=self._console, auto_refresh=False, transient=True) as shown:
             try:
@@ -178,7 +179,8 @@ class Progress:
                     self._collect()
             finally:
                 self._stop()
-        self._renew(last=not stop.code)
+        if stop.code:  # a run may have come to its end meanwhile
+            self._renew()
         return [f"{name} ({reason.rstrip('.')})" for name, reason in self._failed.items()]
 
     def _start(self, run):
@@ -222,13 +224,13 @@ class Progress:
             with contextlib.suppress(UserError, OSError):
                 run.ended()
 
-    def _renew(self, last=False):
-        """Writes the results. What hinders it stops no run: it is an error after the last one, and a warning before."""
+    def _renew(self):
+        """Writes the results. What hinders it stops no run."""
         try:
             self._write()
+            self.hindrance = ""
         except (UserError, OSError) as error:
-            if last:
-                raise UserError(str(error)) from error
+            self.hindrance = str(error)
             self._say(f"warning: {error}")
 
     def _write(self):
