@@ -44,12 +44,14 @@ class Towers:
       groups: the devices that share a network, if its towers are on several.
       cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results only
         in their last bits.
+      fused: whether this device is a GPU that computes some steps between layers in one kernel (`models.fused`).
     """
 
     total: int = 1
     here: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
     cores: int = 0
+    fused: bool = False
 
     @property
     def split_over_devices(self) -> bool:
@@ -97,6 +99,8 @@ class Layout:
         one device alone.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
+      fused: whether GPUs compute steps between layers in one kernel where they can (`models.fused`); on other devices
+        it changes nothing.
       devices: the devices of this process to use, all by default.
 
     Raises:
@@ -109,6 +113,7 @@ class Layout:
         *,
         towers: int = 2,
         batch_size: int = 0,
+        fused: bool = False,
         devices: Sequence[jax.Device] | None = None,
     ):
         divided = devices is None and backend.divided()
@@ -138,6 +143,7 @@ class Layout:
         near = f"{below} or {above}" if below else f"{above}"
         fits = batch_size % self.size == 0
         require(fits, f"batch_size={batch_size} does not divide over {self.size} devices; {near} would.")
+        self._fused = fused and fuses(self.local_devices[0])
         self.devices_per_network = devices_per_network
         self.networks = self.size // devices_per_network
         grid = np.arange(self.size).reshape(self.networks, devices_per_network)
@@ -160,8 +166,8 @@ class Layout:
         on_cpu = self.local_devices[0].platform == "cpu"
         cores = host.cores() // len(self.local_devices) if on_cpu else 0
         if self.devices_per_network == 1:
-            return Towers(total, total, cores=cores)
-        return Towers(total, 1, self._tower_groups, cores)
+            return Towers(total, total, cores=cores, fused=self._fused)
+        return Towers(total, 1, self._tower_groups, cores, self._fused)
 
     # Between host and devices.
 
@@ -300,6 +306,21 @@ class Layout:
             return jax.lax.pmin(jnp.all(least == most).astype(jnp.int32), AXIS)
 
         return self.map(lambda tree: jax.tree.map(same, tree))
+
+
+def fuses(device: jax.Device) -> bool:
+    """Whether this device takes the kernels of `models.fused`: a GPU does.
+
+    Raises:
+      UserError: a GPU that Triton does not compile for.
+    """
+    if device.platform != "gpu":
+        return False
+    generation = str(getattr(device, "compute_capability", "")).split(".")[0]
+    fits = generation.isdigit() and int(generation) >= 8  # those of AMD are called gfx…
+    kind = device.device_kind
+    require(fits, f"parallel.fused=True needs NVIDIA GPUs of compute capability 8.0 or above, and this is a {kind}.")
+    return True
 
 
 def addressable(leaf: jax.Array) -> list[np.ndarray]:

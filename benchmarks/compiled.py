@@ -35,6 +35,8 @@ PROGRAMS = ("training", "evaluation")
 SCOPES = ("rows", "images", "towers", "exchange", "loss", "replicas", "update", "measure")
 # Copies between the memories of a TPU, which go on beside the rest.
 TRANSFERS = "to and from VMEM"
+# What XLA calls a kernel that is written with Pallas, on GPUs.
+KERNEL = "__gpu$xla.gpu.triton"
 WARNING = "The compiler's estimate for one device; nothing was measured."
 
 
@@ -143,6 +145,7 @@ def examine(kind: str, config, target: targets.Target, layout: parallel.Layout) 
         "temporary_gigabytes": memory.temp_size_in_bytes / 1e9,
         "memory_gigabytes": needed / 1e9,
         "fits": needed <= target.memory,
+        "kernels": sum(operation.kind == KERNEL for operation, _ in program.executed()),
         "megabytes_sent": sent,
         "exchange_ms": 1e9 * sent / target.link,
         "backward_ends": float(passed(program)[max(backward, default=-1) + 1]),
@@ -212,9 +215,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     devices = targets.devices(args.target, args.devices)
     runs = []
     for batch_size in args.batch_sizes:
-        config = measure.recipe(args.model, batch_size, args.width, args.dtype)
+        config = measure.recipe(args.model, batch_size, args.width, args.dtype, args.fused)
         layout = parallel.Layout(
-            args.devices_per_network, towers=config.model.towers, batch_size=batch_size, devices=devices
+            args.devices_per_network,
+            towers=config.model.towers,
+            batch_size=batch_size,
+            fused=config.parallel.fused,
+            devices=devices,
         )
         print(f"{layout}, {config.model.dtype}. {WARNING}", flush=True)
         for kind in args.programs:
@@ -225,6 +232,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "width": args.width,
         "dtype": args.dtype,
+        "fused": args.fused,
         "target": args.target,
         "devices": args.devices,
         "devices_per_network": layout.devices_per_network,
@@ -248,6 +256,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=_list_of(int), default=[128], help="rows of all devices together")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--fused", action="store_true", help="parallel.fused=True: three steps in one kernel, on GPUs")
     parser.add_argument("--programs", type=_list_of(str), default=PROGRAMS, help="of training,evaluation")
     args = parser.parse_args()
     try:

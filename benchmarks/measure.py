@@ -19,7 +19,7 @@ import numpy as np
 
 import optimizer
 from common import cli, host
-from common.errors import UserError, check_ranges
+from common.errors import UserError, check_ranges, require
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -37,7 +37,7 @@ RECIPES = {
 
 
 def recipe(
-    model: str = "alexnet", batch_size: int = 128, width: float = 1.0, dtype: str = "float32"
+    model: str = "alexnet", batch_size: int = 128, width: float = 1.0, dtype: str = "float32", fused: bool = False
 ) -> ml_collections.ConfigDict:
     """The config of a network's recipe with these values; raises `UserError` if one is out of range."""
     check_ranges({"batch_size": batch_size, "width": width}, {"batch_size": (1, 1 << 20), "width": (1e-3, 64)}, "--")
@@ -47,6 +47,9 @@ def recipe(
     if "width" in config.model:
         config.model.width = width
     config.batch_size, config.model.dtype = batch_size, dtype
+    if fused:
+        require(model == "alexnet", f"--fused, but the network {model} has no steps that go in one kernel.")
+        config.parallel.fused = True
     return config
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --compare=torch                   # beside PyTorch (requirements-benchmarks.txt)
     python -m benchmarks.step --compare=layouts --devices=2     # two devices, a tower on each, beside one
+    python -m benchmarks.step --compare=fused --dtype=bfloat16  # three steps in one kernel beside three, on a GPU
     python -m benchmarks.step --batch_sizes=16,32,64,128        # time against the batch
     python -m benchmarks.step --widths=0.25,0.5,1               # and against the width
     python -m benchmarks.step --model=cifar                     # another network
@@ -19,6 +20,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 import models
@@ -27,7 +29,7 @@ import update
 import views
 from benchmarks import measure
 from common import backend
-from common.errors import UserError, check_ranges
+from common.errors import UserError, check_ranges, require
 from common.exits import fail
 
 
@@ -39,6 +41,7 @@ class Step:
             devices_per_network,
             towers=config.model.towers,
             batch_size=config.batch_size,
+            fused=config.parallel.fused,
             devices=jax.devices()[:devices] if devices else None,
         )
         self.host_batch, self.mean = _batch(config), np.full((config.input.resize,) * 2 + (3,), 118.0, np.float32)
@@ -156,6 +159,11 @@ def run(config, args) -> dict[str, Any]:
         if steps["jax"].layout.size == 1:
             raise UserError("--compare=layouts compares one device with one: it needs --devices=2.")
         steps["one device"] = Step(config, 1, 1)
+    if args.compare == "fused":
+        require(steps["jax"].layout.towers(1).fused, "--compare=fused needs an NVIDIA GPU.")
+        plain = ml_collections.ConfigDict(config)
+        plain.parallel.fused = False
+        steps["plain"] = Step(plain, args.devices, args.devices_per_network)
     if args.compare == "torch":
         try:
             from benchmarks import torch_networks
@@ -241,7 +249,8 @@ def main() -> None:
         help="devices of the training step, simulated on a CPU; 0: a GPU or TPU, and of a CPU what main.py takes",
     )
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
-    parser.add_argument("--compare", choices=("torch", "layouts"))
+    parser.add_argument("--compare", choices=("torch", "layouts", "fused"))
+    parser.add_argument("--fused", action="store_true", help="parallel.fused=True: three steps in one kernel, on GPUs")
     parser.add_argument(
         "--torch_compile", action="store_true", help="beside torch.compile too, which needs a C++ compiler on CPUs"
     )
@@ -263,7 +272,9 @@ def main() -> None:
         results = []
         for width in args.widths:
             for batch_size in args.batch_sizes:
-                config = measure.recipe(args.model, batch_size, width, args.dtype)
+                config = measure.recipe(
+                    args.model, batch_size, width, args.dtype, args.fused or args.compare == "fused"
+                )
                 config.optimizer.learning_rate = 1e-4  # stays finite on noise
                 results.append({"model": args.model} | run(config, args))
                 print(", ".join(f"{name} {value}" for name, value in results[-1].items()))

@@ -24,7 +24,8 @@ result with `sow('intermediates', f'{layer}_joined', …)`; as `f'{layer}_across
 normalisation alone.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
-and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last.
+and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last. A device
+that is `placement.fused` computes what follows conv1 and conv2 by one method more, `activate_normalize_pool`.
 
 **convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
 On a CPU device with several cores it runs on the two halves of a batch.
@@ -47,7 +48,7 @@ from models.torchvision import TorchvisionAlexNet
 from parallel import Towers
 
 MODELS = {"alexnet": AlexNet, "cifar": CifarNet, "cifar_local": CifarLocalNet, "torchvision": TorchvisionAlexNet}
-STEPS = ("activate", "normalize", "normalize_spatially", "pool", "average", "dropout")
+STEPS = (*("activate", "normalize", "normalize_spatially", "pool", "activate_normalize_pool", "average", "dropout"),)
 
 
 def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.Module:

@@ -145,7 +145,11 @@ class AlexNet(nn.Module):
         for name in CONVOLUTIONS:
             left_out = name in self.without
             maps = maps if left_out else self._layer(name, maps)
-            for step in ORDERS[self.order][name]:
+            steps = ORDERS[self.order][name]
+            if self._in_one(steps) and not left_out:
+                maps = self.activate_normalize_pool(maps)
+                continue
+            for step in steps:
                 if step == "pool" or not left_out:
                     across = step == "normalize" and self.lrn and self.lrn_across_towers
                     maps = self._join(f"{name}_across", maps) if across else maps
@@ -160,6 +164,16 @@ class AlexNet(nn.Module):
                 maps = self.dropout(self.activate(self._layer(name, maps)), train, rows)
         logits = self.placement.join(self._layer("fc8", maps))[..., : self.num_classes]
         return logits.astype(jnp.float32)
+
+    def _lrn(self):
+        """The constants of response normalisation, and the groups of maps that it sees apart."""
+        groups = 1 if self.lrn_across_towers else self.placement.here
+        return {"k": self.lrn_k, "n": self.lrn_n, "alpha": self.lrn_alpha, "beta": self.lrn_beta, "groups": groups}
+
+    def _in_one(self, steps):
+        """Whether these steps are computed together."""
+        fit = steps == ("activate", "normalize", "pool") and self.activation == "relu"
+        return self.placement.fused and fit and self.lrn and not self.lrn_across_towers
 
     def _joins(self, name):
         """Whether the input of layer `name` is the maps of both towers."""
@@ -180,12 +194,12 @@ class AlexNet(nn.Module):
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """Response normalisation across maps, within each tower (section 3.3), or across the towers."""
-        if not self.lrn:
-            return x
-        groups = 1 if self.lrn_across_towers else self.placement.here
-        return ops.local_response_normalization(
-            x, k=self.lrn_k, n=self.lrn_n, alpha=self.lrn_alpha, beta=self.lrn_beta, groups=groups
-        )
+        return ops.local_response_normalization(x, **self._lrn()) if self.lrn else x
+
+    def activate_normalize_pool(self, x: jax.Array) -> jax.Array:
+        """The three steps in one kernel, if the placement says so."""
+        self.activate(x)  # for those who intercept it; XLA drops what nobody reads
+        return ops.relu_normalize_pool(x, self.pool_window, self.pool_stride, **self._lrn())
 
     def normalize_spatially(self, x: jax.Array) -> jax.Array:
         """Response normalisation across pixels (source: rnorm2b, with its constants)."""

@@ -97,7 +97,8 @@ def sum_of_pixels(x, before, after):
     return window_sum(window_sum(x, 1, before, after), 2, before, after)
 
 
-def _inverse_power(s, power):
+def inverse_power(s, power):
+    """s^-power."""
     if power == 0.75:  # the paper's; a general power is slower
         return lax.rsqrt(s) * lax.sqrt(lax.rsqrt(s))
     return s**-power
@@ -107,7 +108,7 @@ def normalize(x, *, sums, size, constant, scale, power):
     """Response normalisation with `sums(values, before, after)` over windows of `size`."""
     wide = x.astype(sum_dtype(x.dtype))
     s = constant + scale * sums(jnp.square(wide), size // 2, size - 1 - size // 2)
-    return (wide * _inverse_power(s, power)).astype(x.dtype)
+    return (wide * inverse_power(s, power)).astype(x.dtype)
 
 
 def normalize_gradient(x, g, *, sums, size, constant, scale, power, sums_back=None):
@@ -115,7 +116,7 @@ def normalize_gradient(x, g, *, sums, size, constant, scale, power, sums_back=No
     before, after = size // 2, size - 1 - size // 2
     wide, g = (v.astype(sum_dtype(x.dtype)) for v in (x, g))
     s = constant + scale * sums(jnp.square(wide), before, after)
-    shrunk = g * _inverse_power(s, power)
+    shrunk = g * inverse_power(s, power)
     through_s = (sums_back or sums)(shrunk * wide / s, after, before)  # from all whose windows hold this element
     return (shrunk - 2 * power * scale * wide * through_s).astype(x.dtype)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from models import cpu, default, gpu, layers, tpu
+from models import cpu, default, fused, gpu, layers, tpu
 
 # By JAX's names of platforms; a GPU is 'cuda' or 'rocm'.
 PLATFORMS = {"cpu": cpu, "tpu": tpu, "cuda": gpu, "rocm": gpu}
@@ -131,6 +131,13 @@ def _max_pool_backward(window, stride, kept, g):
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def relu_normalize_pool(x: jax.Array, window: int, stride: int, **options) -> jax.Array:
+    """`max_pool` of `local_response_normalization`, with its options, of `relu`: one kernel for NVIDIA GPUs."""
+    if not fused.fits(x.shape, groups=options["groups"], window=window):
+        return max_pool(local_response_normalization(relu(x), **options), window, stride)
+    return fused.relu_normalize_pool(tuple({**options, "window": window, "stride": stride}.items()), x)
 
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:

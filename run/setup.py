@@ -71,7 +71,10 @@ def set_up(config, workdir: str | pathlib.Path) -> Run:
     workdir = workdirs.expanded(workdir)
     schema.validate(config)
     layout = parallel.Layout(
-        config.parallel.devices_per_network, towers=config.model.towers, batch_size=config.batch_size
+        config.parallel.devices_per_network,
+        towers=config.model.towers,
+        batch_size=config.batch_size,
+        fused=config.parallel.fused,
     )
     require(
         not config.mixup or config.batch_size // layout.networks % 2 == 0,

@@ -312,14 +312,19 @@ LINUX = pytest.mark.skipif(
 @pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize(
-    ("target", "devices"),
-    [("v5e", 1), ("v5e", 2), ("v5e", 4), ("v5e", 8), *(pytest.param("h100", n, marks=H100) for n in (1, 2))],
+    ("target", "devices", "more"),
+    [
+        *(("v5e", n, ()) for n in (1, 2, 4, 8)),
+        *(pytest.param("h100", n, more, marks=H100) for n in (1, 2) for more in ((), ("--fused",))),
+    ],
 )
-def test_the_step_compiles_and_exchanges_what_the_design_says(target, devices):
+def test_the_step_compiles_and_exchanges_what_the_design_says(target, devices, more):
     networks = max(1, devices // 2)
     flags = (f"--devices={devices}", f"--batch_sizes={16 * networks}", "--width=0.125", "--programs=training")
-    values = say(f"--target={target}", *flags)
+    values = say(f"--target={target}", *flags, *more)
     (run,) = values["runs"]
+    kernels = run["kernels"]
+    assert kernels == (4 if more else 0), "two layers, forward and backward"
     assert run["fits"] and 0 < run["temporary_gigabytes"] < run["memory_gigabytes"] < 1
     assert run["gigabytes_moved"] > 0 and (run.get("estimated_mega_cycles", 0) > 0) == (target == "v5e")
     config = measure.recipe(batch_size=16 * networks, width=0.125, dtype="bfloat16")

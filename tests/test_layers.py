@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import reference
 from common import host
-from models import cpu, layers, ops, winograd
+from models import cpu, fused, layers, ops, winograd
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
 FORMS = {"default": {}, **{module.__name__: {"cpu": module} for module in ops.PLATFORMS.values()}}
@@ -23,6 +23,11 @@ def implementations():
     for name, platforms in FORMS.items():
         with mock.patch.object(ops, "PLATFORMS", platforms):
             yield name, ops
+
+
+def apart(x, *, window, stride, **options):
+    """The three steps of `ops.relu_normalize_pool`, plain."""
+    return layers.max_pool(layers.local_response_normalization(layers.relu(x), **options), window, stride)
 
 
 def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, tolerance=1e-5, **options):
@@ -46,7 +51,8 @@ def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, toleran
     def all_forms(g, *arrays):
         found = {}
         for form, module in implementations():
-            y, pull = jax.vjp(functools.partial(getattr(module, name), **options), *arrays)
+            layer = getattr(module, name, None) or apart
+            y, pull = jax.vjp(functools.partial(layer, **options), *arrays)
             found[form] = (y, *pull(g))
         return found
 
@@ -103,6 +109,63 @@ def test_normalization_of_large_values_in_many_chunks(monkeypatch):
     """Activations reach thousands early in training; and chunks of examples must not be seen."""
     monkeypatch.setattr(cpu, "MAPS_BYTES", 2000)
     check_lrn(300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8)), 1, PAPER)
+
+
+def check_fused(values, groups, constants, window, stride, **options):
+    """`ops.relu_normalize_pool` against the three steps of the reference, forward and backward."""
+    steps = {"window": window, "stride": stride}
+
+    def normalized(x):
+        return in_groups(functools.partial(reference.lrn, **constants), groups)(np.maximum(x, 0))
+
+    def gradient(x, g):
+        g = reference.max_pool_gradient(normalized(x), g, **steps)
+        back = in_groups(functools.partial(reference.lrn_gradient, **constants), groups)
+        return np.where(x > 0, back(np.maximum(x, 0), g), 0)
+
+    def expected(x):
+        return reference.max_pool(normalized(x), **steps)
+
+    check("relu_normalize_pool", [values], expected, gradient, groups=groups, **constants, **steps, **options)
+
+
+@pytest.mark.parametrize("shape,groups,constants,window,stride", [
+    ((3, 7, 9, 12), 2, PAPER, 3, 2),  # a group of 6 maps, whose block of 16 has others behind it
+    ((2, 6, 8, 16), 1, STRONG, 3, 2),  # a last window over both edges
+    ((2, 5, 5, 33), 1, {"k": 1.0, "n": 4, "alpha": 0.3, "beta": 0.5}, 2, 2),  # several programs, the last in part
+    ((2, 6, 7, 9), 3, STRONG, 2, 3),  # pixels that no window sees
+    ((2, 5, 5, 8), 2, PAPER | {"n": 12}, 3, 1),
+])  # fmt: skip
+def test_the_kernel_for_relu_normalization_and_pooling(monkeypatch, shape, groups, constants, window, stride):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    monkeypatch.setattr(fused, "ELEMENTS", 1024)
+    rng = np.random.default_rng(0)
+    # Whole numbers have equal maxima, and negative ones windows without any that ReLU passes.
+    values = np.concatenate([3 * rng.standard_normal(shape), rng.integers(-2, 2, shape)])
+    check_fused(values, groups, constants, window, stride)
+
+
+def test_the_kernel_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    check_fused((2, 7, 7, 16), 2, PAPER | {"alpha": 0.01}, 3, 2, dtype=jnp.bfloat16, tolerance=0.03)
+
+
+def test_the_kernel_keeps_nan(monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    x = jnp.ones((1, 5, 5, 16)).at[0, 1, 1, 3].set(jnp.nan)
+    found = np.isnan(ops.relu_normalize_pool(x, 3, 2, groups=2, **PAPER))
+    assert found[0, 0, 0, :8].all(), "the sums of its group, by a product with ones and zeros"
+    assert found.sum() == 8, "neither another window nor another group"
+
+
+@pytest.mark.parametrize("shape,groups,window", [
+    ((1, 4, 4, 258), 2, 3), ((1, 6, 6, 4), 2, 5), ((1 << 12, 64, 64, 128), 1, 3),
+])  # fmt: skip
+def test_what_the_kernel_does_not_take_stays_apart(shape, groups, window):
+    assert not fused.fits(shape, groups=groups, window=window)
+    assert fused.fits((1, 6, 6, 256), groups=2, window=4)
+    step = functools.partial(ops.relu_normalize_pool, window=window, stride=2, groups=groups, **PAPER)
+    assert "pallas_call" not in str(jax.make_jaxpr(step)(jax.ShapeDtypeStruct(shape, jnp.float32)))
 
 
 @pytest.mark.parametrize("size,power,shape", [

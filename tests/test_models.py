@@ -1,6 +1,7 @@
 """The interface of a network, held by each one in the registry."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 import models
 from common.errors import UserError
 from configs import alexnet, cifar10, torchvision
-from models import cpu
+from models import cpu, fused
 from parallel import Towers
 
 # The recipe of each network, and the smallest images that tests run it on.
@@ -118,6 +119,27 @@ def test_an_even_batch_goes_in_halves_if_there_are_cores(name, count, monkeypatc
         text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), x))
         split = cores == 2 and count == 6 and hasattr(models.MODELS[name], "convolutional")
         assert (f"f32[{count // 2},{x.shape[1]},{x.shape[1]},3]" in text) == split
+
+
+def test_activations_are_seen_though_one_kernel_computes_more(monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    found, x = [], images("alexnet")
+    params = jax.eval_shape(build("alexnet").init, jax.random.key(0), x)["params"]
+    for placement in (Towers(2, 2), Towers(2, 2, fused=True)):
+        network = build("alexnet", placement)
+        assert ("pallas_call" in str(jax.make_jaxpr(network.apply)({"params": params}, x))) == placement.fused
+        found.append(jax.eval_shape(functools.partial(models.activations, network), params, x)[1])
+    assert found[0] == found[1]
+    assert set(found[0]) == {"conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"}
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(activation="tanh"), dict(order="caffenet"), dict(lrn=False), dict(lrn_across_towers=True)]
+)
+def test_other_steps_stay_apart(changes):
+    network = build("alexnet", Towers(2, 2, fused=True), **changes)
+    text = str(jax.make_jaxpr(network.init_with_output)(jax.random.key(0), images("alexnet")))
+    assert "pallas_call" not in text
 
 
 def test_layer_table_is_in_order_of_computation(monkeypatch):

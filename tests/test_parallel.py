@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +21,20 @@ import recipes
 import update
 from common import backend, host
 from common.errors import UserError
-from models import cpu
+from models import cpu, fused
 from run import setup
 from runs import ROOT
 
 LAYOUTS = {"one device": (1, 1), "towers": (2, 2), "data parallel": (2, 1), "grid": (4, 2)}
 
 
-def make_layout(name):
+def make_layout(name, **options):
     devices, per_network = LAYOUTS[name]
-    return parallel.Layout(per_network, devices=jax.devices()[:devices])
+    return parallel.Layout(per_network, devices=jax.devices()[:devices], **options)
 
 
-def build(config, name, mean_image):
-    layout = make_layout(name)
+def build(config, name, mean_image, **options):
+    layout = make_layout(name, **options)
     return layout, update.build_step(config, layout, mean_image, optimizer.Rates(config, 5.0))
 
 
@@ -82,6 +83,33 @@ def test_parts_of_the_batch_train_alike(alone, monkeypatch):
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["one device", "towers"])
+def test_three_steps_in_one_kernel_train_alike(alone, monkeypatch, name):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    monkeypatch.setattr(parallel, "fuses", lambda device: True)
+    config, called = recipes.narrow(), []
+    kernel = fused.relu_normalize_pool
+    monkeypatch.setattr(fused, "relu_normalize_pool", lambda *args: called.append(args) or kernel(*args))
+    layout, step = build(config, name, recipes.mean_image(), fused=True)
+    losses, _, _ = run(config, layout, step, 3)
+    assert len(called) >= 2, "conv1 and conv2"
+    np.testing.assert_allclose(losses, alone[0][:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "takes"),
+    [("cpu", None, False), ("tpu", None, False), ("gpu", "8.0", True), ("gpu", "10.3", True), ("gpu", "7.5", None),
+     ("gpu", "gfx90a", None), ("gpu", None, None)],
+)  # fmt: skip
+def test_only_gpus_that_triton_compiles_for_take_kernels(platform, capability, takes):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="Thing")
+    if takes is not None:
+        assert parallel.fuses(device) == takes
+        return
+    with pytest.raises(UserError, match=r"parallel\.fused=True needs NVIDIA .*this is a Thing"):
+        parallel.fuses(device)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
