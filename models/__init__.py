@@ -24,8 +24,8 @@ result with `sow('intermediates', f'{layer}_joined', …)`; as `f'{layer}_across
 normalisation alone.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
-and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last. A device
-that is `placement.fused` computes what follows conv1 and conv2 by one method more, `activate_normalize_pool`.
+and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last. If
+`placement.fused`, `activate_normalize_pool` takes the place of three, and calls `activate` for whoever intercepts it.
 
 **convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
 On a CPU device with several cores it runs on the two halves of a batch.
