@@ -1,9 +1,13 @@
-"""This machine: its CPU cores and their caches, and how its C library keeps memory."""
+"""This machine: its CPU cores and their caches, its GPUs, and how its C library keeps memory."""
 
 import ctypes
+import importlib.util
 import os
 import pathlib
+import re
 
+# Where Linux has a file for each NVIDIA GPU, such as nvidia0.
+_DEVICES = pathlib.Path("/dev")
 # Where Linux describes the second cache of the first core.
 _CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
@@ -11,6 +15,21 @@ _CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 def cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that JAX would take in this environment, as CUDA_VISIBLE_DEVICES names them; JAX is not asked."""
+    platforms = {name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name}
+    plugins = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    if not plugins or (platforms and not platforms & {"cuda", "gpu"}):
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        files = (re.fullmatch(r"nvidia(\d+)", path.name) for path in _DEVICES.glob("nvidia*"))
+        return [str(number) for number in sorted(int(found[1]) for found in files if found)]
+    names = [name.strip() for name in named.split(",")]
+    whole = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    return names[:whole]  # CUDA sees none from the first that does not exist
 
 
 def second_cache() -> int:

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Collection, Mapping
 
+from common import host
 from common.errors import UserError, require, shortened
 from common.exits import SIGNALS
 from run.arms import ROOT, ArmRun, checksum
@@ -36,12 +37,15 @@ def is_over(process: "subprocess.Popen | Job | None") -> bool:
 class Here:
     """Processes of this machine.
 
-    Each has CPU cores of its own, if there are enough, because runs on the same cores wait for one another. It has a
-    session of its own, so that Ctrl-C reaches the sweep alone, and is asked to save and end when the sweep ends in any
-    way.
+    Each has CPU cores of its own, if there are enough, because runs on the same cores wait for one another, and GPUs of
+    its own, because the first run on a GPU takes its memory. It has a session of its own, so that Ctrl-C reaches the
+    sweep alone, and is asked to save and end when the sweep ends in any way.
 
     Args:
       jobs: how many at once.
+
+    Raises:
+      UserError: there are GPUs, but fewer than that.
     """
 
     def __init__(self, jobs: int):
@@ -50,6 +54,13 @@ class Here:
         self._processes = [None] * jobs
         # Runs that share cores leave none idle, and a replica more would only cost memory.
         self._devices = {} if len(cores) >= jobs or jobs == 1 else {"JAX_NUM_CPU_DEVICES": "1"}
+        gpus = host.gpus() if jobs > 1 else []
+        sentence = f"--jobs={jobs}, but there are {len(gpus)} GPUs, and each run needs one of its own."
+        require(not gpus or jobs <= len(gpus), sentence)
+        each = len(gpus) // jobs  # neighbours, which are often joined the faster
+        self._gpus = [
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[each * job :][:each])} if gpus else {} for job in range(jobs)
+        ]
 
     def has_room(self) -> bool:
         """Whether another run can start."""
@@ -62,7 +73,7 @@ class Here:
             self._processes[place] = subprocess.Popen(
                 run.command,
                 cwd=ROOT,
-                env=self._devices | os.environ,
+                env=self._devices | os.environ | self._gpus[place],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

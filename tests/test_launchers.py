@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import submitit
 
 import runs
+from common import host
 from common.errors import UserError
 from run import arms, launchers
 
@@ -71,6 +73,46 @@ def test_runs_that_share_cores_take_one_device_each(tmp_path, jobs, asked, says)
     command = [sys.executable, "-c", ASKING, str(tmp_path), str(jobs)]
     done = subprocess.run(command, env=variables, cwd=runs.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [says]
+
+
+@pytest.mark.parametrize(
+    ("visible", "files", "jobs", "each"),
+    [
+        (None, (0, 1, 10, 2), 2, ["0,1", "2,10"]),
+        (None, (0, 1, 2), 2, ["0", "1"]),  # as many for each
+        ("3,GPU-5f", (0, 1, 2, 3), 2, ["3", "GPU-5f"]),
+        ("2,-1,0", (0, 1, 2), 1, [None]),  # one run keeps what the user set
+        ("", (0, 1), 2, [None, None]),
+        (None, (), 2, [None, None]),
+    ],
+)
+def test_runs_at_once_have_gpus_of_their_own(tmp_path, monkeypatch, visible, files, jobs, each):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin")
+    monkeypatch.setattr(host, "_DEVICES", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", mock.Mock(return_value=mock.Mock(returncode=None)))
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in files)):
+        (tmp_path / name).touch()
+    found, run = launchers.Here(jobs), mock.Mock(log=tmp_path / "log")
+    for _ in range(jobs):
+        found.start(run)
+    given = [call.kwargs["env"].get("CUDA_VISIBLE_DEVICES") for call in subprocess.Popen.call_args_list]
+    assert given == [visible if share is None else share for share in each]
+
+
+@pytest.mark.parametrize(("platforms", "plugin"), [("cpu", True), ("", False), ("", True)])
+def test_more_runs_than_gpus_are_refused_if_jax_would_take_gpus(monkeypatch, platforms, plugin):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: plugin)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    if platforms or not plugin:
+        launchers.Here(3)
+        return
+    with pytest.raises(UserError, match="--jobs=3, but there are 2 GPUs"):
+        launchers.Here(3)
 
 
 def stand_in(tmp_path, code):

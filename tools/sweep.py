@@ -37,7 +37,10 @@ from run import arms, launchers, results, workdirs
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep, FILE or FILE:VARIANT.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 JOBS = flags.DEFINE_integer(
-    "jobs", 0, "Runs at once, which share the CPU but not GPUs; 0 is one here, and all in a cluster.", lower_bound=0
+    "jobs",
+    0,
+    "Runs at once, each with its share of the CPU cores and GPUs; 0 is one here, and all in a cluster.",
+    lower_bound=0,
 )
 LAUNCHER = flags.DEFINE_enum("launcher", "here", ["here", "slurm"], "Run here, or as jobs of a SLURM cluster.")
 ARMS = flags.DEFINE_list("arms", [], "Only these arms, with commas between them.")
