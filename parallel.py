@@ -99,8 +99,8 @@ class Layout:
         one device alone.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
-      fused: whether GPUs compute steps between layers in one kernel where they can (`models.fused`); on other devices
-        it changes nothing.
+      fused: whether GPUs compute steps between layers in one kernel where they can (`models.fused`). It changes nothing
+        on CPUs and TPUs, and GPUs that cannot refuse it.
       devices: the devices of this process to use, all by default.
 
     Raises:
@@ -159,7 +159,7 @@ class Layout:
         else:
             each = "the whole network on each device"
         networks = f", {self.networks} replicas" if self.networks > 1 else ""
-        return f"{self.size} × {kind}: {each}{networks}"
+        return f"{self.size} × {kind}: {each}{networks}{', fused steps' if self._fused else ''}"
 
     def towers(self, total: int) -> Towers:
         """The towers of a network as one device of this layout sees them."""

@@ -27,7 +27,7 @@ import models
 import parallel
 import update
 from benchmarks import hlo, measure, targets
-from common.errors import UserError, check_name, shortened
+from common.errors import UserError, check_name, require, shortened
 from common.exits import fail
 
 PROGRAMS = ("training", "evaluation")
@@ -263,6 +263,8 @@ def main() -> None:
         check_name("--target", args.target, targets.TARGETS)
         for name in args.programs:
             check_name("--programs", name, PROGRAMS)
+        on_gpu = targets.TARGETS[args.target].platform == "cuda"
+        require(on_gpu or not args.fused, f"--fused is a kernel for GPUs, and {args.target} is none.")
         targets.check_devices(args.target, args.devices)
         targets.prepare(args.target)
         compiler = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin"}[targets.TARGETS[args.target].platform]

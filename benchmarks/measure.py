@@ -48,7 +48,7 @@ def recipe(
         config.model.width = width
     config.batch_size, config.model.dtype = batch_size, dtype
     if fused:
-        require(model == "alexnet", f"--fused, but the network {model} has no steps that go in one kernel.")
+        require(model == "alexnet", f"The network {model} has no steps that the fused kernel takes; alexnet has.")
         config.parallel.fused = True
     return config
 

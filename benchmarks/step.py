@@ -31,6 +31,7 @@ from benchmarks import measure
 from common import backend
 from common.errors import UserError, check_ranges, require
 from common.exits import fail
+from models import fused, layers, ops
 
 
 class Step:
@@ -145,6 +146,39 @@ def compare_networks(config, peer) -> None:
         raise UserError(f"PyTorch computes another network: its logits differ by {difference:.1e} of the largest.")
 
 
+def check_kernel(config) -> None:
+    """Refuses `parallel.fused` where the kernel is not used, or computes something else; raises `UserError`."""
+    require(parallel.fuses(jax.devices()[0]), "The fused kernel needs an NVIDIA GPU.")
+    random, worst, most = np.random.default_rng(0), 0.0, 1e-5 if config.model.dtype == "float32" else 5e-2
+    lrn = {name: config.model[f"lrn_{name}"] for name in ("k", "n", "alpha", "beta")}
+    window, stride = config.model.pool_window, config.model.pool_stride
+    groups, rows = config.model.towers, models.layer_table(config.model, config.input.crop)[:2]
+    for row in rows:
+        fits = fused.fits((1, *row.output), groups=groups, window=window)
+        require(fits, f"{row.name} has {row.output[-1] // groups} maps in a tower, more than the fused kernel takes.")
+
+    def kernel(x):
+        return ops.normalize_pool_rectified(x, ops.relu(x), window, stride, groups=groups, **lrn)
+
+    def plain(x):
+        maps = layers.local_response_normalization(layers.relu(x), groups=groups, **lrn)
+        return layers.max_pool(maps, window, stride)
+
+    def with_gradient(form, x):
+        y, pull = jax.vjp(form, x)
+        return y, *pull(y)
+
+    for row in rows:
+        # So large that the sums of squares count.
+        x = jnp.asarray(random.normal(0, 60, (16, *row.output)), config.model.dtype)
+        found, wanted = (jax.jit(functools.partial(with_gradient, form))(x) for form in (kernel, plain))
+        for one, other in zip(found, wanted, strict=True):
+            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+            worst = max(worst, float(np.abs(one - other).mean() / np.abs(other).mean()))
+    print(f"values and gradients of the fused kernel differ from the plain ones by {worst:.1e} in the mean")
+    require(worst < most, "The fused kernel computes something else.")
+
+
 def tolerance(config) -> float:
     """By how much of the largest one logits of the same network may differ here."""
     # GPUs compute float32 products in TF32, whose mantissa is hardly longer than bfloat16's.
@@ -153,6 +187,8 @@ def tolerance(config) -> float:
 
 def run(config, args) -> dict[str, Any]:
     """Measures one config."""
+    if config.parallel.fused:
+        check_kernel(config)
     steps = {"jax": Step(config, args.devices, args.devices_per_network)}
     candidates = {}
     if args.compare == "layouts":
@@ -160,7 +196,6 @@ def run(config, args) -> dict[str, Any]:
             raise UserError("--compare=layouts compares one device with one: it needs --devices=2.")
         steps["one device"] = Step(config, 1, 1)
     if args.compare == "fused":
-        require(steps["jax"].layout.towers(1).fused, "--compare=fused needs an NVIDIA GPU.")
         plain = ml_collections.ConfigDict(config)
         plain.parallel.fused = False
         steps["plain"] = Step(plain, args.devices, args.devices_per_network)
@@ -203,6 +238,7 @@ def run(config, args) -> dict[str, Any]:
         "batch_size": batch,
         "width": config.model.get("width", 1.0),
         "dtype": config.model.dtype,
+        "fused": config.parallel.fused,
         "devices": steps["jax"].layout.size,
         "images_per_second": batch / best["jax training"],
         "forward_images_per_second": batch / best["jax forward"],

@@ -69,7 +69,9 @@ def get_config() -> ml_collections.ConfigDict:
         # 2 = a tower on each of two devices, 1 = both on each; 0 = 2 if each process has an even number of devices, but
         # 1 on a CPU, unless its devices are simulated with --cpu_devices
         devices_per_network=0,
-        fused=False,  # on NVIDIA GPUs, ReLU, response normalisation and max-pooling in one kernel; see models/fused.py
+        # On NVIDIA GPUs, normalisation and pooling behind a ReLU in one kernel (models/fused.py), in training and its
+        # evaluations; the tools compute them apart.
+        fused=False,
     )
     return config
 

@@ -197,9 +197,8 @@ class AlexNet(nn.Module):
         return ops.local_response_normalization(x, **self._lrn()) if self.lrn else x
 
     def activate_normalize_pool(self, x: jax.Array) -> jax.Array:
-        """The three steps in one kernel, if the placement says so."""
-        self.activate(x)  # for those who intercept it; XLA drops what nobody reads
-        return ops.relu_normalize_pool(x, self.pool_window, self.pool_stride, **self._lrn())
+        """The three steps, the latter two in one kernel with the gradient of the first."""
+        return ops.normalize_pool_rectified(x, self.activate(x), self.pool_window, self.pool_stride, **self._lrn())
 
     def normalize_spatially(self, x: jax.Array) -> jax.Array:
         """Response normalisation across pixels (source: rnorm2b, with its constants)."""

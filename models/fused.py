@@ -1,8 +1,9 @@
-"""ReLU, response normalisation and max-pooling in one kernel for NVIDIA GPUs, written with Pallas.
+"""Response normalisation and max-pooling behind a ReLU in one kernel for NVIDIA GPUs, written with Pallas.
 
-XLA writes the maps between the three steps to memory and reads them again. Here nothing but the pooled maxima and their
-places leaves the kernel, and the backward pass reads them, their gradient and the input once. The kernels were compiled
-for an H100 and run in Pallas's interpreter, which the tests hold to the plain layers; no GPU has run them yet.
+XLA writes normalised maps to memory and reads them again. Here nothing but the pooled maxima and their places leaves
+the kernel, and the backward pass takes the places, the gradient and the rectified maps; what is read several times
+comes from the cache. The kernels were compiled for an H100, and run in Pallas's interpreter, where the tests hold them
+to the plain layers. No GPU has run them yet.
 
 A program of the kernel has some pixels of one image or of several, and the maps of one group. It sums over windows of
 maps by a product with a band of ones, because a Triton array cannot be shifted.
@@ -19,8 +20,10 @@ from jax import lax
 from models.default import inverse_power, place_dtype
 from models.layers import output_size
 
-# Elements of an array in a program's registers, 16 for each thread of four warps; a product needs 16 in each direction.
-ELEMENTS, LEAST, MOST = 2048, 16, 128
+# Elements of an array in a program's registers, 16 for each thread of four warps, and its pixels at most.
+ELEMENTS, PIXELS = 2048, 128
+# Maps of a group in a product: Triton's least, and what fits into registers.
+LEAST, MOST = 16, 128
 # Larger windows would unroll into too long a program.
 LARGEST_WINDOW = 4
 # Whether Pallas's interpreter computes it, slowly and on any platform: for tests.
@@ -37,29 +40,33 @@ def fits(shape: tuple[int, ...], *, groups: int, window: int) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def relu_normalize_pool(options: tuple[tuple[str, Any], ...], x: jax.Array) -> jax.Array:
-    """`layers.relu`, `layers.local_response_normalization` and `layers.max_pool` of (N, H, W, maps).
+def normalize_pool(options: tuple[tuple[str, Any], ...], x: jax.Array, rectified: jax.Array) -> jax.Array:
+    """`layers.local_response_normalization` and `layers.max_pool` of the (N, H, W, maps) `layers.relu` of x.
+
+    The gradient is that by x: it passes through the ReLU. None goes to `rectified`.
 
     Args:
       options: k, n, alpha, beta, groups, window and stride, as pairs.
-      x: maps that `fits` accepts, float32 or bfloat16.
+      x: what the ReLU took; its values are not read.
+      rectified: what the ReLU gave; maps that `fits` accepts, float32 or bfloat16.
     """
-    return _call(_forward, options, (x,), [_pooled(x, options)])[0]
+    return _call(_forward, options, (rectified,), [_pooled(rectified, options)])[0]
 
 
-def _relu_normalize_pool_forward(options, x):
-    pooled = _pooled(x, options)
+def _normalize_pool_forward(options, x, rectified):
+    pooled = _pooled(rectified, options)
     place = jax.ShapeDtypeStruct(pooled.shape, place_dtype(dict(options)["window"]))
-    y, place = _call(_forward, options, (x,), [pooled, place])
-    return y, (x, place)
+    y, place = _call(_forward, options, (rectified,), [pooled, place])
+    return y, (rectified, place)
 
 
-def _relu_normalize_pool_backward(options, kept, g):
-    x, place = kept
-    return (_call(_backward, options, (x, place, g), [jax.ShapeDtypeStruct(x.shape, x.dtype)])[0],)
+def _normalize_pool_backward(options, kept, g):
+    rectified, place = kept
+    dx = _call(_backward, options, (rectified, place, g), [jax.ShapeDtypeStruct(rectified.shape, rectified.dtype)])[0]
+    return dx, jnp.zeros_like(rectified)
 
 
-relu_normalize_pool.defvjp(_relu_normalize_pool_forward, _relu_normalize_pool_backward)
+normalize_pool.defvjp(_normalize_pool_forward, _normalize_pool_backward)
 
 
 def _pooled(x, options):
@@ -77,7 +84,7 @@ def _call(kernel: Callable, options, arrays, results) -> list[jax.Array]:
     options = dict(options)
     share = arrays[0].shape[-1] // options["groups"]
     maps = max(LEAST, 1 << (share - 1).bit_length())
-    pixels = min(max(LEAST, ELEMENTS // maps), MOST)
+    pixels = min(ELEMENTS // maps, PIXELS)
     images, height, width, _ = results[0].shape
     call = pl.pallas_call(
         functools.partial(kernel, **options, maps=maps, pixels=pixels),
@@ -143,9 +150,9 @@ def _forward(x_ref, y_ref, *place_ref, k, n, alpha, beta, groups, window, stride
         row = block.row * stride + lax.div(number, window)
         column = block.column * stride + lax.rem(number, window)
         inside = block.inside & (row < height) & (column < width)
-        x = jnp.maximum(block.load(x_ref, row, column, inside).astype(jnp.float32), 0)
+        x = block.load(x_ref, row, column, inside).astype(jnp.float32)
         s = k + alpha * _sum_of_maps(jnp.square(x), n // 2, n - 1 - n // 2, x_ref.dtype)
-        # Rounded before they are compared, so that equal maxima have the place that the plain form gives them.
+        # Rounded before they are compared, so that the first of equal maxima counts, as in the plain form.
         y = (x * inverse_power(s, beta)).astype(y_ref.dtype).astype(jnp.float32)
         better = inside[:, None] & ((y > best) | jnp.isnan(y))
         return jnp.where(better, y, best), jnp.where(better, number, place)
@@ -171,10 +178,9 @@ def _backward(x_ref, place_ref, g_ref, dx_ref, *, k, n, alpha, beta, groups, win
             passed = block.load(g_ref, row, column, inside).astype(jnp.float32)
             g += jnp.where(place == (i * window + j)[:, None], passed, 0)
     x = block.load(x_ref, block.row, block.column, block.inside).astype(jnp.float32)
-    rectified = jnp.maximum(x, 0)
     before, after = n // 2, n - 1 - n // 2
-    s = k + alpha * _sum_of_maps(jnp.square(rectified), before, after, x_ref.dtype)
+    s = k + alpha * _sum_of_maps(jnp.square(x), before, after, x_ref.dtype)
     shrunk = g * inverse_power(s, beta)
-    through_s = _sum_of_maps(shrunk * rectified / s, after, before, x_ref.dtype)
-    dx = shrunk - 2 * beta * alpha * rectified * through_s
+    through_s = _sum_of_maps(shrunk * x / s, after, before, x_ref.dtype)
+    dx = shrunk - 2 * beta * alpha * x * through_s
     block.store(dx_ref, jnp.where(x > 0, dx, 0))

@@ -1,6 +1,7 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
-This is the one place where forms of layers are chosen, when a program is lowered for a platform. A platform's module
+This is the one place where forms of layers are chosen, when a program is lowered for a platform; a kernel of
+`models.fused` is chosen before, by `Towers.fused`. A platform's module
 holds only what is faster there, and `models.default` has the rest. To add a platform: a module with some of the
 functions of `models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
 
@@ -133,11 +134,16 @@ def _max_pool_backward(window, stride, kept, g):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def relu_normalize_pool(x: jax.Array, window: int, stride: int, **options) -> jax.Array:
-    """`max_pool` of `local_response_normalization`, with its options, of `relu`: one kernel for NVIDIA GPUs."""
+def normalize_pool_rectified(x: jax.Array, rectified: jax.Array, window: int, stride: int, **options) -> jax.Array:
+    """`max_pool` of `local_response_normalization`, with its options, of `rectified`, which is `relu` of x.
+
+    For `Towers.fused` alone: where the kernel takes the maps, no platform but CUDA can compute it. The gradient goes to
+    x, through the ReLU.
+    """
     if not fused.fits(x.shape, groups=options["groups"], window=window):
         return max_pool(local_response_normalization(relu(x), **options), window, stride)
-    return fused.relu_normalize_pool(tuple({**options, "window": window, "stride": stride}.items()), x)
+    whole = {**options, "window": window, "stride": stride}
+    return fused.normalize_pool(tuple(whole.items()), x, lax.stop_gradient(rectified))
 
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:

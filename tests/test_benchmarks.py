@@ -15,13 +15,14 @@ from PIL import Image
 
 import data
 import input_pipeline
+import parallel
 import recipes
 import runs
 from benchmarks import end_to_end, input, layers, measure, start, step
 from common.errors import UserError
 from configs import alexnet as alexnet_recipe
 from datasets import prepared, preparing
-from models import alexnet
+from models import alexnet, fused
 
 CANDIDATES = {"records", "raw", "to_record", "prepare", "pil", "from_photographs"}
 
@@ -111,6 +112,31 @@ def test_the_pillow_loader_yields_standardised_views_in_order(tmp_path, one_work
         wanted = (wanted - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
         np.testing.assert_allclose(views, np.broadcast_to(wanted[:, None, None], (4, 32, 32, 3)), atol=0.06)
     stream.close()
+
+
+def test_the_fused_kernel_is_checked_before_it_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    monkeypatch.setattr(parallel, "fuses", lambda device: True)
+    config = recipes.narrow(width=0.0625)
+    step.check_kernel(config)
+    assert "differ from the plain ones by" in capsys.readouterr().out
+    right = fused.normalize_pool
+    monkeypatch.setattr(fused, "normalize_pool", lambda options, *arrays: right(options, *arrays) * 1.001)
+    with pytest.raises(UserError, match="The fused kernel computes something else"):
+        step.check_kernel(config)
+
+
+@pytest.mark.parametrize(("width", "says"), [(1, "needs an NVIDIA GPU"), (2, "conv2 has 256 maps in a tower")])
+def test_what_the_fused_kernel_cannot_take_is_named(monkeypatch, width, says):
+    config = measure.recipe(width=width, fused=True)
+    monkeypatch.setattr(parallel, "fuses", lambda device: width == 2)
+    with pytest.raises(UserError, match=says):
+        step.check_kernel(config)
+
+
+def test_networks_without_steps_for_the_kernel_are_named():
+    with pytest.raises(UserError, match="The network cifar has no steps that the fused kernel takes"):
+        measure.recipe("cifar", fused=True)
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):

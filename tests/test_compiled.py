@@ -288,6 +288,13 @@ def test_an_unknown_target_is_one_sentence():
     assert "--target='v5' is not known: did you mean v5" in runs.sentence(done.stderr)
 
 
+def test_a_kernel_for_gpus_is_refused_for_tpus():
+    command = [sys.executable, "-m", "benchmarks.compiled", "--target=v5e", "--fused"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--fused is a kernel for GPUs, and v5e is none" in runs.sentence(done.stderr)
+
+
 # ---- for devices that are not here
 
 
@@ -330,6 +337,14 @@ def test_the_step_compiles_and_exchanges_what_the_design_says(target, devices, m
     config = measure.recipe(batch_size=16 * networks, width=0.125, dtype="bfloat16")
     found = [each | {"groups": tuple(map(tuple, each["groups"]))} for each in run["collectives"]]
     check_exchanges(found, config, devices, min(devices, 2), "bf16")
+
+
+@pytest.mark.slow
+@LINUX
+@H100
+def test_the_kernel_compiles_for_many_maps_in_float32():
+    (run,) = say("--target=h100", "--batch_sizes=8", "--programs=training", "--fused", "--dtype=float32")["runs"]
+    assert run["kernels"] == 4
 
 
 @pytest.mark.slow

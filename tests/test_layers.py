@@ -25,8 +25,13 @@ def implementations():
             yield name, ops
 
 
+def rectified(x, **options):
+    """`ops.normalize_pool_rectified` of x alone."""
+    return ops.normalize_pool_rectified(x, ops.relu(x), **options)
+
+
 def apart(x, *, window, stride, **options):
-    """The three steps of `ops.relu_normalize_pool`, plain."""
+    """The three steps of `ops.normalize_pool_rectified`, plain."""
     return layers.max_pool(layers.local_response_normalization(layers.relu(x), **options), window, stride)
 
 
@@ -34,6 +39,7 @@ def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, toleran
     """Compares layer `name` with the reference and with its plain form, relative to the largest value of each array.
 
     Args:
+      name: of the layer, or the plain form and others as pairs of a name and a function.
       arrays: inputs of the layer, or their shapes.
       expected, expected_gradients: the reference, of float64 arrays, and of those and the gradient of the output.
       options: of the layer, by name.
@@ -50,8 +56,8 @@ def check(name, arrays, expected, expected_gradients, dtype=jnp.float32, toleran
     @jax.jit
     def all_forms(g, *arrays):
         found = {}
-        for form, module in implementations():
-            layer = getattr(module, name, None) or apart
+        named = ((form, getattr(module, name)) for form, module in implementations()) if isinstance(name, str) else name
+        for form, layer in named:
             y, pull = jax.vjp(functools.partial(layer, **options), *arrays)
             found[form] = (y, *pull(g))
         return found
@@ -112,7 +118,7 @@ def test_normalization_of_large_values_in_many_chunks(monkeypatch):
 
 
 def check_fused(values, groups, constants, window, stride, **options):
-    """`ops.relu_normalize_pool` against the three steps of the reference, forward and backward."""
+    """`ops.normalize_pool_rectified` against the three steps of the reference, forward and backward."""
     steps = {"window": window, "stride": stride}
 
     def normalized(x):
@@ -126,7 +132,8 @@ def check_fused(values, groups, constants, window, stride, **options):
     def expected(x):
         return reference.max_pool(normalized(x), **steps)
 
-    check("relu_normalize_pool", [values], expected, gradient, groups=groups, **constants, **steps, **options)
+    forms = (("plain", apart), ("kernel", rectified))
+    check(forms, [values], expected, gradient, groups=groups, **constants, **steps, **options)
 
 
 @pytest.mark.parametrize("shape,groups,constants,window,stride", [
@@ -153,7 +160,7 @@ def test_the_kernel_in_bfloat16(monkeypatch):
 def test_the_kernel_keeps_nan(monkeypatch):
     monkeypatch.setattr(fused, "INTERPRET", True)
     x = jnp.ones((1, 5, 5, 16)).at[0, 1, 1, 3].set(jnp.nan)
-    found = np.isnan(ops.relu_normalize_pool(x, 3, 2, groups=2, **PAPER))
+    found = np.isnan(rectified(x, window=3, stride=2, groups=2, **PAPER))
     assert found[0, 0, 0, :8].all(), "the sums of its group, by a product with ones and zeros"
     assert found.sum() == 8, "neither another window nor another group"
 
@@ -164,7 +171,7 @@ def test_the_kernel_keeps_nan(monkeypatch):
 def test_what_the_kernel_does_not_take_stays_apart(shape, groups, window):
     assert not fused.fits(shape, groups=groups, window=window)
     assert fused.fits((1, 6, 6, 256), groups=2, window=4)
-    step = functools.partial(ops.relu_normalize_pool, window=window, stride=2, groups=groups, **PAPER)
+    step = functools.partial(rectified, window=window, stride=2, groups=groups, **PAPER)
     assert "pallas_call" not in str(jax.make_jaxpr(step)(jax.ShapeDtypeStruct(shape, jnp.float32)))
 
 

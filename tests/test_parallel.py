@@ -85,17 +85,21 @@ def test_parts_of_the_batch_train_alike(alone, monkeypatch):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", ["one device", "towers"])
-def test_three_steps_in_one_kernel_train_alike(alone, monkeypatch, name):
+def test_three_steps_in_one_kernel_train_alike(alone, monkeypatch):
     monkeypatch.setattr(fused, "INTERPRET", True)
     monkeypatch.setattr(parallel, "fuses", lambda device: True)
     config, called = recipes.narrow(), []
-    kernel = fused.relu_normalize_pool
-    monkeypatch.setattr(fused, "relu_normalize_pool", lambda *args: called.append(args) or kernel(*args))
-    layout, step = build(config, name, recipes.mean_image(), fused=True)
+    kernel = fused.normalize_pool
+    monkeypatch.setattr(fused, "normalize_pool", lambda *args: called.append(args) or kernel(*args))
+    layout, step = build(config, "towers", recipes.mean_image(), fused=True)
     losses, _, _ = run(config, layout, step, 3)
     assert len(called) >= 2, "conv1 and conv2"
     np.testing.assert_allclose(losses, alone[0][:3], rtol=1e-5)
+
+
+def test_a_cpu_has_no_fused_steps():
+    layout = make_layout("towers", fused=True)
+    assert not layout.towers(2).fused and "fused" not in str(layout)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 import data
 import evaluate
 import input_pipeline
+import parallel
 import predictor
 import recipes
 import runs
@@ -303,6 +304,15 @@ def trainer(config, workdir):
         train.Trainer(run, processes.Stop(exits.StopSignal(), None)) as trainer,
     ):
         yield trainer
+
+
+def test_the_config_says_whether_steps_are_fused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "fuses", lambda device: True)
+    for wanted in (False, True):
+        config = here(folder)
+        config.parallel.fused = wanted
+        with setup.set_up(config, tmp_path / str(wanted)) as run:
+            assert run.layout.towers(2).fused == wanted
 
 
 def test_replicas_that_drift_apart_stop_the_run(folder, tmp_path):
