@@ -154,7 +154,7 @@ def _forward(x_ref, y_ref, *place_ref, k, n, alpha, beta, groups, window, stride
         s = k + alpha * _sum_of_maps(jnp.square(x), n // 2, n - 1 - n // 2, x_ref.dtype)
         # Rounded before they are compared, so that the first of equal maxima counts, as in the plain form.
         y = (x * inverse_power(s, beta)).astype(y_ref.dtype).astype(jnp.float32)
-        better = inside[:, None] & ((y > best) | jnp.isnan(y))
+        better = (y > best) | jnp.isnan(y)  # outside of the image there are zeros, which ReLU does not fall below
         return jnp.where(better, y, best), jnp.where(better, number, place)
 
     nothing = jnp.full((pixels, maps), -jnp.inf, jnp.float32), jnp.zeros((pixels, maps), jnp.int32)
