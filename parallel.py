@@ -44,7 +44,7 @@ class Towers:
       groups: the devices that share a network, if its towers are on several.
       cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results only
         in their last bits.
-      fused: whether this device is a GPU that computes some steps between layers in one kernel (`models.fused`).
+      fused: whether this device computes some steps between layers in one.
     """
 
     total: int = 1
@@ -99,8 +99,8 @@ class Layout:
         one device alone.
       towers: how many towers the network has.
       batch_size: rows of a global batch, which must divide over the devices; 0 is not checked.
-      fused: whether GPUs compute steps between layers in one kernel where they can (`models.fused`). It changes nothing
-        on CPUs and TPUs, and GPUs that cannot refuse it.
+      fused: whether GPUs compute steps between layers in one kernel where they can (`models.fused`). GPUs that cannot
+        refuse it. CPUs compute such steps together in any case, and TPUs never.
       devices: the devices of this process to use, all by default.
 
     Raises:
@@ -163,11 +163,14 @@ class Layout:
 
     def towers(self, total: int) -> Towers:
         """The towers of a network as one device of this layout sees them."""
-        on_cpu = self.local_devices[0].platform == "cpu"
-        cores = host.cores() // len(self.local_devices) if on_cpu else 0
+        cores = self._cores()
         if self.devices_per_network == 1:
-            return Towers(total, total, cores=cores, fused=self._fused)
-        return Towers(total, 1, self._tower_groups, cores, self._fused)
+            return Towers(total, total, cores=cores, fused=self._fused or cores > 0)
+        return Towers(total, 1, self._tower_groups, cores, self._fused or cores > 0)
+
+    def _cores(self) -> int:
+        on_cpu = self.local_devices[0].platform == "cpu"
+        return max(1, host.cores() // len(self.local_devices)) if on_cpu else 0
 
     # Between host and devices.
 

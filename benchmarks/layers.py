@@ -25,6 +25,7 @@ import optax
 
 import models
 import optimizer
+import parallel
 import update
 from benchmarks import measure
 from common.errors import UserError, check_ranges
@@ -56,7 +57,10 @@ class Part:
 
 def parts(config: Any) -> list[Part]:
     """The parts of a config's network in order of computation, with random inputs, and finally the update."""
-    network = models.build(config.model, None, config.input.crop)
+    towers = config.model.towers
+    on_cpu = jax.default_backend() == "cpu"
+    placement = parallel.Towers(towers, towers, cores=int(on_cpu), fused=on_cpu)
+    network = models.build(config.model, placement, config.input.crop)
     rows = {row.name: row for row in models.layer_table(config.model, config.input.crop)}
     state = update.init_state(config)
     rngs = {"dropout": jax.random.key(0)}
@@ -75,13 +79,15 @@ def parts(config: Any) -> list[Part]:
             not first,
         )
 
-    def step(method, x, *options):  # `train` and `rows` of dropout
+    def step(method, *args):
         counts[method] = counts.get(method, 0) + 1
+        count = sum(isinstance(x, jax.Array) for x in args)  # two of `normalize_pool`, which reads one
+        options = args[count:]  # `train` and `rows` of dropout
 
         def function(_, x):
-            return network.apply({}, x, *options, method=method, rngs=rngs)
+            return network.apply({}, *count * [x], *options, method=method, rngs=rngs)
 
-        return Part(f"{method}{counts[method]}", function, {}, (_shape(x),))
+        return Part(f"{method}{counts[method]}", function, {}, (_shape(args[0]),))
 
     def intercept(call, args, kwargs, context):
         module, method = context.module, context.method_name

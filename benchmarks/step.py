@@ -158,7 +158,7 @@ def check_kernel(config) -> None:
         require(fits, f"{row.name} has {row.output[-1] // groups} maps in a tower, more than the fused kernel takes.")
 
     def kernel(x):
-        return ops.normalize_pool_rectified(x, ops.relu(x), window, stride, groups=groups, **lrn)
+        return ops.normalize_pool(x, ops.relu(x), window, stride, kernel=True, groups=groups, **lrn)
 
     def plain(x):
         maps = layers.local_response_normalization(layers.relu(x), groups=groups, **lrn)

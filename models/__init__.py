@@ -25,7 +25,7 @@ normalisation alone.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
 and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last. If
-`placement.fused`, `activate_normalize_pool` may take the place of `normalize` and `pool`, and calls `activate`.
+`placement.fused`, `normalize_pool` may take the place of `normalize` and `pool`; it takes two arrays.
 
 **convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
 On a CPU device with several cores it runs on the two halves of a batch.
@@ -48,7 +48,7 @@ from models.torchvision import TorchvisionAlexNet
 from parallel import Towers
 
 MODELS = {"alexnet": AlexNet, "cifar": CifarNet, "cifar_local": CifarLocalNet, "torchvision": TorchvisionAlexNet}
-STEPS = ("activate", "normalize", "normalize_spatially", "pool", "activate_normalize_pool", "average", "dropout")
+STEPS = ("activate", "normalize", "normalize_spatially", "pool", "normalize_pool", "average", "dropout")
 
 
 def build(model, placement: Towers | None = None, image_size: int = 224) -> nn.Module:

@@ -147,7 +147,7 @@ class AlexNet(nn.Module):
             maps = maps if left_out else self._layer(name, maps)
             steps = ORDERS[self.order][name]
             if self._in_one(steps) and not left_out:
-                maps = self.activate_normalize_pool(maps)
+                maps = self.normalize_pool(maps, self.activate(maps))
                 continue
             for step in steps:
                 if step == "pool" or not left_out:
@@ -196,9 +196,10 @@ class AlexNet(nn.Module):
         """Response normalisation across maps, within each tower (section 3.3), or across the towers."""
         return ops.local_response_normalization(x, **self._lrn()) if self.lrn else x
 
-    def activate_normalize_pool(self, x: jax.Array) -> jax.Array:
-        """The three steps, the latter two in one kernel with the gradient of the first."""
-        return ops.normalize_pool_rectified(x, self.activate(x), self.pool_window, self.pool_stride, **self._lrn())
+    def normalize_pool(self, x: jax.Array, rectified: jax.Array) -> jax.Array:
+        """Two steps in one, of what a ReLU gave for x."""
+        kernel = not self.placement.cores
+        return ops.normalize_pool(x, rectified, self.pool_window, self.pool_stride, kernel=kernel, **self._lrn())
 
     def normalize_spatially(self, x: jax.Array) -> jax.Array:
         """Response normalisation across pixels (source: rnorm2b, with its constants)."""

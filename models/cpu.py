@@ -181,7 +181,7 @@ def _sum_of_maps(x, before, after, *, groups):
 
 
 def _by_chunks(function, *arrays):
-    """`function` of arrays of one shape, some examples at a time.
+    """`function` of arrays with the same examples, some at a time.
 
     The results take the place of the last array: XLA would fill a new one with zeros.
     """
@@ -228,6 +228,42 @@ def max_pool_gradient(x, place, g, *, window, stride):
     # against the slice, and is gone when XLA joins operations.
     place, g = (v[:, :-1] for v in lax.optimization_barrier([default.pad(v, 1, 0, 1) for v in (place, g)]))
     return default.max_pool_gradient(x, place, g, window=window, stride=stride)
+
+
+# Both, of what a ReLU gave: the normalised maps, and their gradient, stay in the cache.
+
+
+def normalize_pool(x, *, window, stride, **lrn):
+    """`default.normalize_pool`: where nothing is kept, the normalised maps take the place of x."""
+    return default.max_pool(local_response_normalization(x, **lrn), window=window, stride=stride)
+
+
+def normalize_pool_and_places(x, *, window, stride, groups, **lrn):
+    """`default.normalize_pool_and_places`, some examples at a time."""
+    sums = functools.partial(_sum_of_maps, groups=groups)
+
+    def part(x):
+        y = default.across_maps(default.normalize, x, sums=sums, **lrn)
+        y = lax.optimization_barrier(default.pad(y, 1, 0, 1))[:, :-1]  # complete, as in `max_pool_gradient`
+        return default.max_pool_and_places(y, window=window, stride=stride)
+
+    # Slices of x as it is: for an x in another shape XLA would compute the ReLU once more.
+    chunk = _chunk_of_maps(x)
+    found = lax.map(lambda i: part(lax.dynamic_slice_in_dim(x, i * chunk, chunk)), jnp.arange(len(x) // chunk))
+    return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
+
+
+def normalize_pool_gradient(x, place, g, *, window, stride, groups, **lrn):
+    """`default.normalize_pool_gradient`, some examples at a time, in the place of x."""
+    sums, chunk = functools.partial(_sum_of_maps, groups=groups), _chunk_of_maps(x)
+
+    def overwrite(i, whole):
+        x, here, above = (lax.dynamic_slice_in_dim(v, i * chunk, chunk) for v in (whole, place, g))
+        below = max_pool_gradient(x, here, above, window=window, stride=stride)
+        below = default.across_maps(default.normalize_gradient, x, below, sums=sums, **lrn)
+        return lax.dynamic_update_slice_in_dim(whole, default.relu_gradient(x, below), i * chunk, 0)
+
+    return lax.fori_loop(0, len(x) // chunk, overwrite, x)
 
 
 def softmax(logits):

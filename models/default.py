@@ -189,6 +189,25 @@ def max_pool_gradient(x, place, g, *, window, stride):
     return total.astype(g.dtype)
 
 
+# Response normalisation and max-pooling of what a ReLU gave.
+
+
+def normalize_pool(x, *, window, stride, **lrn):
+    """`max_pool` of `local_response_normalization`."""
+    return max_pool(local_response_normalization(x, **lrn), window=window, stride=stride)
+
+
+def normalize_pool_and_places(x, *, window, stride, **lrn):
+    """The same, and the places of the maxima."""
+    return max_pool_and_places(local_response_normalization(x, **lrn), window=window, stride=stride)
+
+
+def normalize_pool_gradient(x, place, g, *, window, stride, **lrn):
+    """The gradient by what the ReLU took, from what it gave, x."""
+    g = max_pool_gradient(x, place, g, window=window, stride=stride)
+    return relu_gradient(x, local_response_normalization_gradient(x, g, **lrn))
+
+
 def avg_pool(x, *, window, stride):
     """See `layers.avg_pool`; its gradient is JAX's own."""
     mean = x.astype(sum_dtype(x.dtype))

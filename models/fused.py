@@ -11,7 +11,6 @@ maps by a product with a band of ones, because a Triton array cannot be shifted.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,40 +38,25 @@ def fits(shape: tuple[int, ...], *, groups: int, window: int) -> bool:
     return shape[-1] // groups <= MOST and window <= LARGEST_WINDOW and size < 1 << 31
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalize_pool(options: tuple[tuple[str, Any], ...], x: jax.Array, rectified: jax.Array) -> jax.Array:
-    """`layers.local_response_normalization` and `layers.max_pool` of the (N, H, W, maps) `layers.relu` of x.
-
-    The gradient is that by x: it passes through the ReLU. None goes to `rectified`.
-
-    Args:
-      options: k, n, alpha, beta, groups, window and stride, as pairs.
-      x: what the ReLU took; its values are not read.
-      rectified: what the ReLU gave; maps that `fits` accepts, float32 or bfloat16.
-    """
-    return _call(_forward, options, (rectified,), [_pooled(rectified, options)])[0]
+def normalize_pool(x, **options):
+    """`default.normalize_pool` of maps that `fits` accepts, float32 or bfloat16."""
+    return _call(_forward, options, (x,), [_pooled(x, **options)])[0]
 
 
-def _normalize_pool_forward(options, x, rectified):
-    pooled = _pooled(rectified, options)
-    place = jax.ShapeDtypeStruct(pooled.shape, place_dtype(dict(options)["window"]))
-    y, place = _call(_forward, options, (rectified,), [pooled, place])
-    return y, (rectified, place)
+def normalize_pool_and_places(x, **options):
+    """`default.normalize_pool_and_places`."""
+    pooled = _pooled(x, **options)
+    return _call(_forward, options, (x,), [pooled, jax.ShapeDtypeStruct(pooled.shape, place_dtype(options["window"]))])
 
 
-def _normalize_pool_backward(options, kept, g):
-    rectified, place = kept
-    dx = _call(_backward, options, (rectified, place, g), [jax.ShapeDtypeStruct(rectified.shape, rectified.dtype)])[0]
-    return dx, jnp.zeros_like(rectified)
+def normalize_pool_gradient(x, place, g, **options):
+    """`default.normalize_pool_gradient`."""
+    return _call(_backward, options, (x, place, g), [jax.ShapeDtypeStruct(x.shape, x.dtype)])[0]
 
 
-normalize_pool.defvjp(_normalize_pool_forward, _normalize_pool_backward)
-
-
-def _pooled(x, options):
+def _pooled(x, *, window, stride, **_):
     """The shape and type of the pooled maxima."""
-    options = dict(options)
-    height, width = (output_size(size, options["window"], options["stride"]) for size in x.shape[1:3])
+    height, width = (output_size(size, window, stride) for size in x.shape[1:3])
     return jax.ShapeDtypeStruct((len(x), height, width, x.shape[-1]), x.dtype)
 
 
@@ -81,7 +65,6 @@ def _call(kernel: Callable, options, arrays, results) -> list[jax.Array]:
     from jax.experimental import pallas as pl  # 0.1 s, which other platforms save
     from jax.experimental.pallas import triton
 
-    options = dict(options)
     share = arrays[0].shape[-1] // options["groups"]
     maps = max(LEAST, 1 << (share - 1).bit_length())
     pixels = min(ELEMENTS // maps, PIXELS)

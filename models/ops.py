@@ -1,7 +1,7 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
-This is the one place where forms of layers are chosen, when a program is lowered for a platform; a kernel of
-`models.fused` is chosen before, by `Towers.fused`. A platform's module
+This is the one place where forms of layers are chosen, when a program is lowered for a platform; kernels of
+`models.fused` alone are asked for. A platform's module
 holds only what is faster there, and `models.default` has the rest. To add a platform: a module with some of the
 functions of `models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
 
@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from models import cpu, default, fused, gpu, layers, tpu
@@ -134,16 +135,42 @@ def _max_pool_backward(window, stride, kept, g):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def normalize_pool_rectified(x: jax.Array, rectified: jax.Array, window: int, stride: int, **options) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalize_pool(options, x, rectified):
+    del x
+    return _joined("normalize_pool", rectified, **dict(options))
+
+
+def _normalize_pool_forward(options, x, rectified):
+    del x
+    y, place = _joined("normalize_pool_and_places", rectified, **dict(options))
+    return y, (rectified, place)
+
+
+def _normalize_pool_backward(options, kept, g):
+    return _joined("normalize_pool_gradient", *kept, g, **dict(options)), jnp.zeros_like(kept[0])
+
+
+def _joined(name, x, *arrays, kernel, **options):
+    """The platform's form, or a kernel of `models.fused`."""
+    if kernel and fused.fits(x.shape, groups=options["groups"], window=options["window"]):
+        return getattr(fused, name)(x, *arrays, **options)
+    return _form(name, x, *arrays, **options)
+
+
+_normalize_pool.defvjp(_normalize_pool_forward, _normalize_pool_backward)
+
+
+def normalize_pool(
+    x: jax.Array, rectified: jax.Array, window: int, stride: int, *, kernel: bool = False, **options
+) -> jax.Array:
     """`max_pool` of `local_response_normalization`, with its options, of `rectified`, which is `relu` of x.
 
-    For `Towers.fused` alone: where the kernel takes the maps, no platform but CUDA can compute it. The gradient goes to
-    x, through the ReLU.
+    The values of x are not read. The gradient goes to x, through the ReLU, and none to `rectified`. With `kernel`, a
+    kernel for NVIDIA GPUs computes the maps that `fused.fits` accepts; no other platform can then.
     """
-    if not fused.fits(x.shape, groups=options["groups"], window=window):
-        return max_pool(local_response_normalization(relu(x), **options), window, stride)
-    whole = {**options, "window": window, "stride": stride}
-    return fused.normalize_pool(tuple(whole.items()), x, lax.stop_gradient(rectified))
+    whole = {**options, "window": window, "stride": stride, "kernel": kernel}
+    return _normalize_pool(tuple(whole.items()), x, lax.stop_gradient(rectified))
 
 
 def avg_pool(x: jax.Array, window: int, stride: int) -> jax.Array:

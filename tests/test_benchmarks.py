@@ -120,8 +120,8 @@ def test_the_fused_kernel_is_checked_before_it_is_timed(monkeypatch, capsys):
     config = recipes.narrow(width=0.0625)
     step.check_kernel(config)
     assert "differ from the plain ones by" in capsys.readouterr().out
-    right = fused.normalize_pool
-    monkeypatch.setattr(fused, "normalize_pool", lambda options, *arrays: right(options, *arrays) * 1.001)
+    right = fused.normalize_pool_gradient
+    monkeypatch.setattr(fused, "normalize_pool_gradient", lambda *arrays, **options: 1.001 * right(*arrays, **options))
     with pytest.raises(UserError, match="The fused kernel computes something else"):
         step.check_kernel(config)
 
@@ -152,7 +152,7 @@ def test_layers_are_those_of_the_step():
     parts = layers.parts(config)
     names = [part.name for part in parts]
     assert [name for name in names if name.startswith(("conv", "fc"))] == list(alexnet.LAYERS)
-    assert [name for name in names if name[-1] == "1"] == ["conv1", "activate1", "normalize1", "pool1", "dropout1"]
+    assert [name for name in names if name[-1] == "1"] == ["conv1", "activate1", "normalize_pool1", "pool1", "dropout1"]
     assert names[-1] == "update"
     done = sum(part.flops + part.flops_backward for part in parts)
     assert done == config.batch_size * step.training_flops(config)

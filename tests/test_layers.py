@@ -26,12 +26,12 @@ def implementations():
 
 
 def rectified(x, **options):
-    """`ops.normalize_pool_rectified` of x alone."""
-    return ops.normalize_pool_rectified(x, ops.relu(x), **options)
+    """`ops.normalize_pool` of x alone."""
+    return ops.normalize_pool(x, ops.relu(x), **options)
 
 
 def apart(x, *, window, stride, **options):
-    """The three steps of `ops.normalize_pool_rectified`, plain."""
+    """The three steps of `ops.normalize_pool`, plain."""
     return layers.max_pool(layers.local_response_normalization(layers.relu(x), **options), window, stride)
 
 
@@ -118,7 +118,7 @@ def test_normalization_of_large_values_in_many_chunks(monkeypatch):
 
 
 def check_fused(values, groups, constants, window, stride, **options):
-    """`ops.normalize_pool_rectified` against the three steps of the reference, forward and backward."""
+    """All forms of `ops.normalize_pool` against the three steps of the reference, forward and backward."""
     steps = {"window": window, "stride": stride}
 
     def normalized(x):
@@ -132,8 +132,14 @@ def check_fused(values, groups, constants, window, stride, **options):
     def expected(x):
         return reference.max_pool(normalized(x), **steps)
 
-    forms = (("plain", apart), ("kernel", rectified))
-    check(forms, [values], expected, gradient, groups=groups, **constants, **steps, **options)
+    def forms():
+        yield "plain", apart
+        yield "kernel", functools.partial(rectified, kernel=True)
+        for form, module in implementations():
+            if module is ops:
+                yield form, rectified
+
+    check(forms(), [values], expected, gradient, groups=groups, **constants, **steps, **options)
 
 
 @pytest.mark.parametrize("shape,groups,constants,window,stride", [
@@ -160,7 +166,7 @@ def test_the_kernel_in_bfloat16(monkeypatch):
 def test_the_kernel_keeps_nan(monkeypatch):
     monkeypatch.setattr(fused, "INTERPRET", True)
     x = jnp.ones((1, 5, 5, 16)).at[0, 1, 1, 3].set(jnp.nan)
-    found = np.isnan(rectified(x, window=3, stride=2, groups=2, **PAPER))
+    found = np.isnan(rectified(x, window=3, stride=2, kernel=True, groups=2, **PAPER))
     assert found[0, 0, 0, :8].all(), "the sums of its group, by a product with ones and zeros"
     assert found.sum() == 8, "neither another window nor another group"
 
@@ -171,7 +177,7 @@ def test_the_kernel_keeps_nan(monkeypatch):
 def test_what_the_kernel_does_not_take_stays_apart(shape, groups, window):
     assert not fused.fits(shape, groups=groups, window=window)
     assert fused.fits((1, 6, 6, 256), groups=2, window=4)
-    step = functools.partial(rectified, window=window, stride=2, groups=groups, **PAPER)
+    step = functools.partial(rectified, kernel=True, window=window, stride=2, groups=groups, **PAPER)
     assert "pallas_call" not in str(jax.make_jaxpr(step)(jax.ShapeDtypeStruct(shape, jnp.float32)))
 
 

@@ -89,17 +89,19 @@ def test_three_steps_in_one_kernel_train_alike(alone, monkeypatch):
     monkeypatch.setattr(fused, "INTERPRET", True)
     monkeypatch.setattr(parallel, "fuses", lambda device: True)
     config, called = recipes.narrow(), []
-    kernel = fused.normalize_pool
-    monkeypatch.setattr(fused, "normalize_pool", lambda *args: called.append(args) or kernel(*args))
+    kernel = fused.normalize_pool_gradient
+    monkeypatch.setattr(fused, "normalize_pool_gradient", lambda *a, **o: called.append(a) or kernel(*a, **o))
+    monkeypatch.setattr(parallel.Layout, "_cores", lambda layout: 0)
     layout, step = build(config, "towers", recipes.mean_image(), fused=True)
     losses, _, _ = run(config, layout, step, 3)
     assert len(called) >= 2, "conv1 and conv2"
     np.testing.assert_allclose(losses, alone[0][:3], rtol=1e-5)
 
 
-def test_a_cpu_has_no_fused_steps():
+def test_a_cpu_takes_no_kernel():
     layout = make_layout("towers", fused=True)
-    assert not layout.towers(2).fused and "fused" not in str(layout)
+    assert layout.towers(2).fused and layout.towers(2).cores, "as always"
+    assert "fused" not in str(layout)
 
 
 @pytest.mark.parametrize(
