@@ -162,7 +162,7 @@ def test_layers_are_those_of_the_step():
         given = jax.eval_shape(part.function, part.params, *part.inputs).size
         assert sum(x.size for x in jax.tree.leaves(after.inputs)) == given, (part.name, after.name)
 
-    pool = parts[names.index("pool2")]
+    pool = parts[names.index("normalize_pool2")]
     (forward, _, moved), (_, _, moved_backward) = layers.candidates(pool).values()
     n, side, pooled, channels = config.batch_size, 7, 3, 32
     assert moved == 4 * n * channels * (side**2 + pooled**2), "float32 maps before and after"
