@@ -181,7 +181,7 @@ def _sum_of_maps(x, before, after, *, groups):
 
 
 def _by_chunks(function, *arrays):
-    """`function` of arrays with the same examples, some at a time.
+    """`function` of arrays of one shape, some examples at a time.
 
     The results take the place of the last array: XLA would fill a new one with zeros.
     """

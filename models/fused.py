@@ -10,6 +10,7 @@ maps by a product with a band of ones, because a Triton array cannot be shifted.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,7 +24,7 @@ from models.layers import output_size
 ELEMENTS, PIXELS = 2048, 128
 # Maps of a group in a product: Triton's least, and what fits into registers.
 LEAST, MOST = 16, 128
-# Larger windows would unroll into too long a program.
+# Larger windows would make the backward pass, which is unrolled, too long a program.
 LARGEST_WINDOW = 4
 # Whether Pallas's interpreter computes it, slowly and on any platform: for tests.
 INTERPRET = False
@@ -34,8 +35,7 @@ def fits(shape: tuple[int, ...], *, groups: int, window: int) -> bool:
 
     The maps of a group must be few enough for a product in registers, and elements have 32-bit numbers.
     """
-    size = functools.reduce(lambda a, b: a * b, shape)
-    return shape[-1] // groups <= MOST and window <= LARGEST_WINDOW and size < 1 << 31
+    return shape[-1] // groups <= MOST and window <= LARGEST_WINDOW and math.prod(shape) < 1 << 31
 
 
 def normalize_pool(x, **options):

@@ -1,9 +1,9 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
-This is the one place where forms of layers are chosen, when a program is lowered for a platform; kernels of
-`models.fused` alone are asked for. A platform's module
-holds only what is faster there, and `models.default` has the rest. To add a platform: a module with some of the
-functions of `models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
+This is the one place where forms of layers are chosen, when a program is lowered for a platform. Only a kernel of
+`models.fused` is chosen before, by the network. A platform's module holds only what is faster there, and
+`models.default` has the rest. To add a platform: a module with some of the functions of `models.default`, and a line in
+PLATFORMS. The tests run every form on the CPU.
 
 Reverse-mode differentiation only.
 """

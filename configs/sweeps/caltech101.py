@@ -6,7 +6,7 @@
 The first is the recipe as it is, and looks at the test images. `:short` has an arm without each of the means, and two
 with the paper's weight decay and dropout, at 112 pixels and for 60 epochs. It trains on four fifths of the training
 images and is evaluated on the others, so that nothing is chosen by the test images. docs/reproduction.md has what was
-measured: the first, and one seed of `:short`.
+measured.
 """
 
 from configs import base
