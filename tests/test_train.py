@@ -312,7 +312,7 @@ def test_the_config_says_whether_steps_are_fused(folder, tmp_path, monkeypatch):
         config = here(folder)
         config.parallel.fused = wanted
         with setup.set_up(config, tmp_path / str(wanted)) as run:
-            assert run.layout.towers(2).fused == wanted
+            assert ("fused steps" in str(run.layout)) == wanted
 
 
 def test_replicas_that_drift_apart_stop_the_run(folder, tmp_path):
