@@ -185,10 +185,10 @@ def show(values: dict[str, Any]) -> None:
     if "parts" not in values:
         print(f"It does not fit: it needs {values['memory_gigabytes']:.1f} GB.")
         return
-    print(f"{'part':<34}{'Mcycles':>9}{'GB':>9}{'GFLOP':>9}{'ms by flops':>13}{'ms by bytes':>13}")
+    print(f"{'part':<28}{'Mcycles':>9}{'GB':>9}{'GFLOP':>9}{'ms by flops':>13}{'ms by bytes':>13}")
     for row in (*values["parts"], {"part": "total"} | values):
         cycles = f"{row['estimated_mega_cycles']:.3f}" if "estimated_mega_cycles" in row else "—"
-        print(f"{row['part']:<34}{cycles:>9}{row['gigabytes_moved']:9.3f}{row['gigaflops']:9.1f}", end="")
+        print(f"{row['part']:<28}{cycles:>9}{row['gigabytes_moved']:9.3f}{row['gigaflops']:9.1f}", end="")
         print(f"{row['computation_ms']:13.3f}{row['bandwidth_ms']:13.3f}")
     needed = f"{values['memory_gigabytes']:.2f} GB, {values['temporary_gigabytes']:.2f} of it temporary"
     fits = "fits" if values["fits"] else "does not fit"
@@ -256,7 +256,9 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=_list_of(int), default=[128], help="rows of all devices together")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--fused", action="store_true", help="parallel.fused=True: three steps in one kernel, on GPUs")
+    parser.add_argument(
+        "--fused", action="store_true", help="parallel.fused=True: normalise and pool in one kernel, on GPUs"
+    )
     parser.add_argument("--programs", type=_list_of(str), default=PROGRAMS, help="of training,evaluation")
     args = parser.parse_args()
     try:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step --compare=torch                   # beside PyTorch (requirements-benchmarks.txt)
     python -m benchmarks.step --compare=layouts --devices=2     # two devices, a tower on each, beside one
-    python -m benchmarks.step --compare=fused --dtype=bfloat16  # three steps in one kernel beside three, on a GPU
+    python -m benchmarks.step --compare=fused --dtype=bfloat16  # with and without the kernel of models/fused.py
     python -m benchmarks.step --batch_sizes=16,32,64,128        # time against the batch
     python -m benchmarks.step --widths=0.25,0.5,1               # and against the width
     python -m benchmarks.step --model=cifar                     # another network
@@ -286,7 +286,9 @@ def main() -> None:
     )
     parser.add_argument("--devices_per_network", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--compare", choices=("torch", "layouts", "fused"))
-    parser.add_argument("--fused", action="store_true", help="parallel.fused=True: three steps in one kernel, on GPUs")
+    parser.add_argument(
+        "--fused", action="store_true", help="parallel.fused=True: normalise and pool in one kernel, on GPUs"
+    )
     parser.add_argument(
         "--torch_compile", action="store_true", help="beside torch.compile too, which needs a C++ compiler on CPUs"
     )

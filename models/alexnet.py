@@ -198,7 +198,7 @@ class AlexNet(nn.Module):
 
     def normalize_pool(self, x: jax.Array, rectified: jax.Array) -> jax.Array:
         """Two steps in one, of what a ReLU gave for x."""
-        kernel = not self.placement.cores
+        kernel = not self.placement.cores  # a CPU has a loop of its own
         return ops.normalize_pool(x, rectified, self.pool_window, self.pool_stride, kernel=kernel, **self._lrn())
 
     def normalize_spatially(self, x: jax.Array) -> jax.Array:

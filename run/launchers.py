@@ -55,8 +55,9 @@ class Here:
         # Runs that share cores leave none idle, and a replica more would only cost memory.
         self._devices = {} if len(cores) >= jobs or jobs == 1 else {"JAX_NUM_CPU_DEVICES": "1"}
         gpus = host.gpus() if jobs > 1 else []
-        sentence = f"--jobs={jobs}, but there are {len(gpus)} GPUs, and each run needs one of its own."
-        require(not gpus or jobs <= len(gpus), sentence)
+        require(
+            not gpus or jobs <= len(gpus), f"--jobs={jobs} needs a GPU for each run; of GPUs there are {len(gpus)}."
+        )
         each = len(gpus) // jobs  # neighbours, which are often joined the faster
         self._gpus = [
             {"CUDA_VISIBLE_DEVICES": ",".join(gpus[each * job :][:each])} if gpus else {} for job in range(jobs)

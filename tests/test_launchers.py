@@ -111,7 +111,7 @@ def test_more_runs_than_gpus_are_refused_if_jax_would_take_gpus(monkeypatch, pla
     if platforms or not plugin:
         launchers.Here(3)
         return
-    with pytest.raises(UserError, match="--jobs=3, but there are 2 GPUs"):
+    with pytest.raises(UserError, match="--jobs=3 needs a GPU for each run; of GPUs there are 2"):
         launchers.Here(3)
 
 
