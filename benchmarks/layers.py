@@ -66,12 +66,12 @@ def parts(config: Any) -> list[Part]:
     rngs = {"dropout": jax.random.key(0)}
     found, counts = [], {}
 
-    def layer(module, inputs):
+    def layer(module, inputs, *options):
         alone, first = module.clone(parent=None, name=None), module.name == next(iter(rows))
         flops = 2 * config.batch_size * rows[module.name].multiply_adds
         return Part(
             module.name,
-            lambda params, inputs: alone.apply({"params": params}, inputs),
+            lambda params, inputs: alone.apply({"params": params}, inputs, *options),
             state.params[module.name],
             (jax.tree.map(_shape, inputs),),
             flops,

@@ -48,7 +48,8 @@ def recipe(
         config.model.width = width
     config.batch_size, config.model.dtype = batch_size, dtype
     if fused:
-        require(model == "alexnet", f"The network {model} has no steps that the fused kernel takes; alexnet has.")
+        has = model in ("alexnet", "cifar_local")
+        require(has, f"The network {model} has no steps that the fused kernel takes; alexnet and cifar_local have.")
         config.parallel.fused = True
     return config
 

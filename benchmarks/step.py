@@ -31,7 +31,7 @@ from benchmarks import measure
 from common import backend
 from common.errors import UserError, check_ranges, require
 from common.exits import fail
-from models import fused, layers, ops
+from models import fused, layers
 
 
 class Step:
@@ -150,19 +150,17 @@ def check_kernel(config) -> None:
     """Refuses `parallel.fused` where the kernel is not used, or computes something else; raises `UserError`."""
     require(parallel.fuses(jax.devices()[0]), "The fused kernel needs an NVIDIA GPU.")
     random, worst, most = np.random.default_rng(0), 0.0, 1e-5 if config.model.dtype == "float32" else 5e-2
-    lrn = {name: config.model[f"lrn_{name}"] for name in ("k", "n", "alpha", "beta")}
-    window, stride = config.model.pool_window, config.model.pool_stride
-    groups, rows = config.model.towers, models.layer_table(config.model, config.input.crop)[:2]
+    towers, rows = config.model.towers, models.layer_table(config.model, config.input.crop)[:2]
     for row in rows:
-        fits = fused.fits((1, *row.output), groups=groups, window=window)
-        require(fits, f"{row.name} has {row.output[-1] // groups} maps in a tower, more than the fused kernel takes.")
+        fits = fused.fits((1, *row.output), groups=towers, window=config.model.get("pool_window", 3))
+        require(fits, f"{row.name} has {row.output[-1] // towers} maps in a tower, more than the fused kernel takes.")
+    network = models.build(config.model, parallel.Towers(towers, towers, fused=True), config.input.crop)
 
     def kernel(x):
-        return ops.normalize_pool(x, ops.relu(x), window, stride, kernel=True, groups=groups, **lrn)
+        return network.apply({}, x, layers.relu(x), method="normalize_pool")
 
     def plain(x):
-        maps = layers.local_response_normalization(layers.relu(x), groups=groups, **lrn)
-        return layers.max_pool(maps, window, stride)
+        return network.apply({}, network.apply({}, layers.relu(x), method="normalize"), method="pool")
 
     def with_gradient(form, x):
         y, pull = jax.vjp(form, x)

@@ -25,7 +25,8 @@ normalisation alone.
 
 **Steps.** What happens between the layers are methods with the names in STEPS, of one array (`dropout` takes `train`
 and `rows` as well), so that a tool can intercept them. `activate` is called once after each layer but the last. If
-`placement.fused`, `normalize_pool` may take the place of `normalize` and `pool`; it takes two arrays.
+`placement.fused`, `normalize_pool` may take the place of `normalize` and `pool`; it takes two arrays. And a layer may
+pool its maps itself, so that `pool` is not called behind it.
 
 **convolutional(images)** is optional: the layers whose examples do not depend on one another and that have no dropout.
 On a CPU device with several cores it runs on the two halves of a batch.

@@ -15,6 +15,10 @@ from models import ops, towers
 from models.ops import ACTIVATIONS
 from parallel import Towers
 
+POOL = (3, 2)  # window and stride
+# The normalisation of `CifarLocalNet`; the source divides its scale by the size of the window.
+LOCAL_LRN = {"k": 1.0, "n": 5, "alpha": 0.001 / 5, "beta": 0.75}
+
 
 class LocalLayer(nn.Module):
     """A layer of stride 1 that looks at its maps as a convolution does, but with a kernel of its own at each place.
@@ -93,7 +97,11 @@ class _Network(nn.Module):
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Max-pooling."""
-        return ops.max_pool(x, 3, 2)
+        return ops.max_pool(x, *POOL)
+
+    def _pooled(self, layer, x):
+        """Max-pooling of a convolutional layer, in one with it on CPUs."""
+        return layer(x, POOL) if self.placement.fused and self.placement.cores else self.pool(layer(x))
 
     def _check(self, image_size: int, smallest: int) -> None:
         """Refuses fields that cannot work, and images of less than `smallest` pixels; raises `UserError`."""
@@ -119,7 +127,7 @@ class CifarNet(_Network):
 
     def convolutional(self, images: jax.Array) -> jax.Array:
         """Maps (N, 32, 32, 3) images to what fc10 sees, (N, 4, 4, 64)."""
-        x = self.normalize_spatially(self.activate(self.pool(self.conv1(images))))
+        x = self.normalize_spatially(self.activate(self._pooled(self.conv1, images)))
         x = self.normalize_spatially(self.average(self.activate(self.conv2(x))))
         return self.average(self.activate(self.conv3(x)))
 
@@ -150,13 +158,22 @@ class CifarLocalNet(_Network):
 
     def convolutional(self, images: jax.Array) -> jax.Array:
         """Maps (N, 24, 24, 3) images to what fc10 sees, (N, 6, 6, 32)."""
-        x = self.pool(self.normalize(self.activate(self.conv1(images))))
-        x = self.pool(self.normalize(self.activate(self.conv2(x))))
+        x = self._activated_and_pooled(self.conv1(images))
+        x = self._activated_and_pooled(self.conv2(x))
         return self.activate(self.local4(self.activate(self.local3(x))))
+
+    def _activated_and_pooled(self, x):
+        if self.placement.fused and self.lrn and self.activation == "relu":
+            return self.normalize_pool(x, self.activate(x))
+        return self.pool(self.normalize(self.activate(x)))
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """Response normalisation across maps; the source divides its scale by the size of the window."""
-        return ops.local_response_normalization(x, k=1.0, n=5, alpha=0.001 / 5, beta=0.75) if self.lrn else x
+        return ops.local_response_normalization(x, **LOCAL_LRN) if self.lrn else x
+
+    def normalize_pool(self, x: jax.Array, rectified: jax.Array) -> jax.Array:
+        """Two steps in one, of what a ReLU gave for x."""
+        return ops.normalize_pool(x, rectified, *POOL, kernel=not self.placement.cores, groups=1, **LOCAL_LRN)
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""

@@ -18,12 +18,11 @@ from common import host
 from models import default, layers, winograd
 from models.layers import sum_dtype
 
-# Of a chunk. What a core has of it stays in its second cache, or nearly: chunks smaller than half a megabyte cost more
-# than they save. Some work on maps has one core. So the order of a gradient's sums, and its last bits, depend on the
-# number of cores and on the cache.
+# Of a chunk. It stays in the second cache of a core, or nearly: main.py's devices have one core each if they can, and
+# chunks smaller than half a megabyte cost more than they save. So the order of a gradient's sums, and its last bits,
+# depend on the cache.
 MAPS_BYTES = max(host.second_cache() // 2, 1 << 19)
-PATCHES_BYTES = host.cores() * MAPS_BYTES
-TILES_BYTES = 2 * host.cores() * MAPS_BYTES
+TILES_BYTES = 2 * MAPS_BYTES
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
 # With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.
@@ -32,19 +31,20 @@ LEAST_EXAMPLES = {3: 16, 5: 4}
 LEAST_CHANNELS = 8
 
 
-def _chunk(examples: int, bytes_each: int, limit: int) -> int:
+def chunk_of(examples: int, bytes_each: int, limit: int) -> int:
     """The largest divisor of `examples` of which so many stay within `limit` bytes; 1 at least."""
     if is_symbolic_dim(examples):  # a program that is exported for batches of any size
         return 1
     return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
 
 
-def _split(x, chunk):
+def split(x: jax.Array, chunk: int) -> jax.Array:
+    """Chunks of `chunk` examples along a new first axis."""
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
 def _chunk_of_maps(x):
-    return _chunk(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, MAPS_BYTES)
+    return chunk_of(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, MAPS_BYTES)
 
 
 # Convolution.
@@ -95,7 +95,7 @@ class _Folding:
     def chunk(self, x, output):
         """How many examples' patches make a chunk."""
         patch = self._shape[0] * self.seen * self.block * self._shape[2]
-        chunk = _chunk(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, PATCHES_BYTES)
+        chunk = chunk_of(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, MAPS_BYTES)
         # The products of a single example are small.
         return chunk if chunk > 1 or is_symbolic_dim(x.shape[0]) else math.gcd(2, x.shape[0])
 
@@ -110,7 +110,7 @@ def _in_tiles(x, kernel, output, stride) -> int:
     if not is_symbolic_dim(examples) and examples < LEAST_EXAMPLES[side]:
         return 0
     each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
-    return _chunk(examples, each, TILES_BYTES)
+    return chunk_of(examples, each, TILES_BYTES)
 
 
 @default.by_groups
@@ -132,7 +132,7 @@ def conv(x, kernel, *, stride, padding):
             folded, folded_kernel, (stride, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return lax.map(part, _split(x, folding.chunk(x, output))).reshape(output)
+    return lax.map(part, split(x, folding.chunk(x, output))).reshape(output)
 
 
 @default.by_groups
@@ -154,7 +154,7 @@ def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     folding = _Folding(kernel, g.shape, stride, padding)
     rows, columns = g.shape[1], g.shape[2] // folding.outputs
     chunk = folding.chunk(x, g.shape)
-    xs, gs = _split(x, chunk), _split(g.reshape(len(g), rows, columns, -1), chunk)
+    xs, gs = split(x, chunk), split(g.reshape(len(g), rows, columns, -1), chunk)
 
     def product(i):
         folded = folding.pixels(xs[i], g.shape[2])
@@ -187,7 +187,7 @@ def _by_chunks(function, *arrays):
     """
     x = arrays[-1]
     chunk = _chunk_of_maps(x)
-    *others, overwritten = (_split(v, chunk) for v in arrays)
+    *others, overwritten = (split(v, chunk) for v in arrays)
 
     def overwrite(i, parts):
         return lax.dynamic_update_index_in_dim(parts, function(*(v[i] for v in others), parts[i]), i, 0)
@@ -218,7 +218,7 @@ def max_pool_and_places(x, *, window, stride):
     """`default.max_pool_and_places`, some examples at a time."""
     # The loop materialises its outputs; otherwise XLA would recompute them.
     function = functools.partial(default.max_pool_and_places, window=window, stride=stride)
-    found = lax.map(function, _split(x, _chunk_of_maps(x)))
+    found = lax.map(function, split(x, _chunk_of_maps(x)))
     return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models import cpu, default, fused, gpu, layers, tpu
+from models import cpu, default, fused, gpu, layers, phases, tpu
 
 # By JAX's names of platforms; a GPU is 'cuda' or 'rocm'.
 PLATFORMS = {"cpu": cpu, "tpu": tpu, "cuda": gpu, "rocm": gpu}
@@ -81,7 +81,7 @@ def softmax(logits: jax.Array) -> jax.Array:
     return _form("softmax", logits)
 
 
-# A layer with a kernel.
+# A layer with a kernel, and one that is pooled.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -107,6 +107,36 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", g
     padding = ((0, 0), (0, 0)) if padding == "VALID" else tuple((int(a), int(b)) for a, b in padding)
     options = {"stride": stride, "padding": padding, "groups": groups}
     return _product("conv", tuple(options.items()), x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_pool(padding, x, kernel):
+    return phases.conv_pool(x, kernel, padding)
+
+
+def _conv_pool_forward(padding, x, kernel):
+    y, place = phases.conv_pool_and_places(x, kernel, padding)
+    return y, (x, kernel, place)
+
+
+def _conv_pool_backward(padding, kept, g):
+    x, kernel, place = kept
+    options = {"stride": 1, "padding": padding, "groups": 1}
+    maps = jax.eval_shape(functools.partial(layers.conv, **options), x, kernel)
+    window, stride = phases.POOL
+    below = default.max_pool_gradient(maps, place, g, window=window, stride=stride)
+    by_kernel = phases.kernel_gradient(x, place, g, len(kernel), padding)
+    return _form("conv_input_gradient", x, kernel, below, **options), by_kernel
+
+
+_conv_pool.defvjp(_conv_pool_forward, _conv_pool_backward)
+
+
+def conv_pool(x: jax.Array, kernel: jax.Array, window: int, stride: int, *, padding) -> jax.Array:
+    """`max_pool` of `conv` with stride 1, in a form for CPUs that never stores the maps between, where there is one."""
+    if phases.fits(x.shape, kernel.shape, padding, (window, stride)):
+        return _conv_pool(tuple((int(a), int(b)) for a, b in padding), x, kernel)
+    return max_pool(conv(x, kernel, padding=padding), window, stride)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -43,8 +43,12 @@ class TowerLayer(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, maps: jax.Array) -> jax.Array:
-        """Maps (N, …, groups · C) to (N, …, this device's share of the output maps)."""
+    def __call__(self, maps: jax.Array, pool: tuple[int, int] | None = None) -> jax.Array:
+        """Maps (N, …, groups · C) to (N, …, this device's share of the output maps).
+
+        With `pool`, a window and a stride, a convolution of stride 1 and one group is max-pooled before its bias is
+        added, which comes to the same.
+        """
         maps, share = maps.astype(self.dtype), self.towers.share(self.features)
         channels = maps.shape[-1] // self.groups
         if not self.kernel_size:
@@ -52,14 +56,16 @@ class TowerLayer(nn.Module):
         window = (self.kernel_size,) * 2 if self.kernel_size else ()
         kernel = self.param("kernel", self.kernel_init, (*window, channels, share), jnp.float32)
         bias = self.param("bias", self.bias_init, (share,), jnp.float32)
-        output = self._convolve(maps, kernel) if self.kernel_size else self._connect(maps, kernel)
+        output = self._convolve(maps, kernel, pool) if self.kernel_size else self._connect(maps, kernel)
         return output + bias.astype(self.dtype)
 
-    def _convolve(self, maps, kernel):
+    def _convolve(self, maps, kernel, pool):
         if self.padding is None:
             padding = [(0, -(size - self.kernel_size) % self.stride) for size in maps.shape[1:3]]
         else:
             padding = [(self.padding, self.padding)] * 2
+        if pool:
+            return ops.conv_pool(maps, kernel.astype(self.dtype), *pool, padding=padding)
         return ops.conv(maps, kernel.astype(self.dtype), stride=self.stride, padding=padding, groups=self.groups)
 
     def _connect(self, maps, kernel):

@@ -12,6 +12,7 @@ import reference
 from common.errors import UserError
 from configs import cifar10
 from models import cifar
+from parallel import Towers
 
 AROUND = ((2, 2), (2, 2))
 
@@ -51,12 +52,16 @@ def convolutional_local(p, x, lrn):
 REFERENCES = {"cifar": convolutional, "cifar_local": convolutional_local}
 
 
-def case(name, lrn):
+# One device, and as the core of a CPU, which computes some steps in one.
+PLACEMENTS = [None, Towers(1, 1, cores=1, fused=True)]
+
+
+def case(name, lrn, placement=None):
     """A network, parameters of some size, and images; the maps are large enough that normalisation counts."""
     model = cifar10.get_config("18pct" if name == "cifar" else "11pct").model.to_dict() | {"lrn": lrn}
     random, side = np.random.default_rng(1), 32 if name == "cifar" else 24
     images = random.normal(0, 60, (3, side, side, 3))
-    network = models.build(model, None, side)
+    network = models.build(model, placement, side)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.float32(images)))["params"]
     params = jax.tree.map(lambda leaf: random.normal(0, 0.05, leaf.shape), shapes)
     return network, params, images
@@ -68,15 +73,34 @@ def logits_of(name, params, images, lrn):
     return REFERENCES[name](pairs, images, lrn).reshape(len(images), -1) @ kernel + bias
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("lrn", [False, True])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_logits_are_the_references(name, lrn):
-    network, params, images = case(name, lrn)
+def test_logits_are_the_references(name, lrn, placement):
+    network, params, images = case(name, lrn, placement)
     found = network.apply({"params": jax.tree.map(np.float32, params)}, jnp.float32(images))
     expected = logits_of(name, params, images, lrn)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     other = logits_of(name, params, images, not lrn)
     assert np.abs(other - expected).max() > 1e-3 * np.abs(expected).max(), "normalisation that does not count"
+
+
+@pytest.mark.parametrize(("name", "lrn"), [("cifar", False), ("cifar", True), ("cifar_local", True)])
+def test_steps_in_one_have_the_same_gradients(name, lrn):
+    found, programs = [], []
+    for placement in PLACEMENTS:
+        network, params, images = case(name, lrn, placement)
+        arguments = jax.tree.map(np.float32, (params, images))
+
+        @jax.jit
+        def gradient(params, images, network=network):
+            return jax.grad(lambda *a: (network.apply({"params": a[0]}, a[1]) ** 2).sum(), (0, 1))(params, images)
+
+        programs.append(str(jax.make_jaxpr(gradient)(*arguments)))
+        found.append(jax.tree.leaves(gradient(*arguments)))
+    assert programs[0] != programs[1]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 def test_gradients_of_a_local_layer_are_the_references():

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import reference
 from common import host
-from models import cpu, fused, layers, ops, winograd
+from models import cpu, fused, layers, ops, phases, winograd
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
 FORMS = {"default": {}, **{module.__name__: {"cpu": module} for module in ops.PLATFORMS.values()}}
@@ -322,7 +322,7 @@ def check_conv(x, kernel, stride, padding, groups=1, **options):
 
 @pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
-    monkeypatch.setattr(cpu, "PATCHES_BYTES", chunk_bytes)
+    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
     monkeypatch.setattr(cpu, "TILES_BYTES", chunk_bytes)
     monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
     check_conv(x, kernel, stride, padding)
@@ -333,6 +333,69 @@ def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
 ])  # fmt: skip
 def test_conv_in_groups(groups, x, kernel, stride):
     check_conv(x, kernel, stride, ((1, 1), (1, 1)), groups)
+
+
+def check_conv_pool(x, kernel, padding, window=3, stride=2, **options):
+    """All forms of `ops.conv_pool` against the reference."""
+    steps = {"window": window, "stride": stride}
+
+    def expected(x, kernel):
+        return reference.max_pool(reference.conv(x, kernel, 0, 1, padding), **steps)
+
+    def gradient(x, kernel, g):
+        g = reference.max_pool_gradient(reference.conv(x, kernel, 0, 1, padding), g, **steps)
+        return reference.conv_gradient(x, kernel, g, 1, padding)[:2]
+
+    def plain(x, kernel, *, padding):
+        return layers.max_pool(layers.conv(x, kernel, padding=padding), **steps)
+
+    def forms():
+        yield "plain", plain
+        for form, module in implementations():
+            if module is ops:
+                yield form, functools.partial(module.conv_pool, **steps)
+
+    check(forms(), [x, kernel], expected, gradient, padding=padding, **options)
+
+
+@pytest.mark.parametrize("chunk_bytes,x,kernel,padding", [
+    (1 << 20, (4, 32, 32, 3), (5, 5, 3, 8), ((2, 2), (2, 2))),  # the CIFAR-10 network's first layer
+    (1, (3, 8, 10, 3), (5, 5, 3, 4), ((2, 2), (2, 2))),
+    (1, (2, 4, 6, 2), (3, 3, 2, 5), ((1, 1), (1, 1))),
+    (1 << 20, (2, 6, 8, 2), (3, 3, 2, 5), ((0, 0), (0, 0))),
+    (1 << 20, (4, 8, 6, 1), (4, 4, 1, 3), ((0, 3), (3, 2))),
+    (1 << 20, (2, 4, 4, 7), (1, 1, 7, 2), ((0, 0), (0, 0))),
+])  # fmt: skip
+def test_conv_and_pooling_in_one_loop(monkeypatch, chunk_bytes, x, kernel, padding):
+    assert phases.fits(x, kernel, padding, (3, 2))
+    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
+    check_conv_pool(x, kernel, padding)
+    # Whole numbers have equal maxima; windows behind the last column hold one place less, all of them negative.
+    rng = np.random.default_rng(1)
+    check_conv_pool(rng.integers(-2, 3, x), rng.integers(-2, 2, kernel), padding)
+    check_conv_pool(np.ones(x), -np.ones(kernel), padding)
+
+
+@pytest.mark.parametrize("x,kernel,window,stride", [
+    ((2, 7, 8, 3), (5, 5, 3, 4), 3, 2), ((2, 8, 8, 8), (5, 5, 8, 4), 3, 2), ((2, 8, 8, 3), (5, 5, 3, 4), 2, 2),
+    ((2, 8, 8, 3), (5, 5, 3, 4), 3, 3), ((2, 2, 2, 3), (1, 1, 3, 4), 2, 1), ((2, 8, 8, 3), (5, 3, 3, 4), 3, 2),
+])  # fmt: skip
+def test_other_layers_are_pooled_apart(x, kernel, window, stride):
+    padding = tuple((side // 2, side // 2) for side in kernel[:2])
+    assert not phases.fits(x, kernel, padding, (window, stride))
+    check_conv_pool(x, kernel, padding, window, stride)
+
+
+def test_conv_and_pooling_in_bfloat16():
+    check_conv_pool((3, 8, 8, 3), (5, 5, 3, 6), ((2, 2), (2, 2)), dtype=jnp.bfloat16, tolerance=0.03)
+
+
+def test_conv_and_pooling_keep_nan():
+    x = jnp.ones((1, 8, 8, 3)).at[0, 1, 1, 0].set(jnp.nan)
+    kernel, around = jnp.ones((3, 3, 3, 4)), ((1, 1), (1, 1))
+    apart = ops.max_pool(ops.conv(x, kernel, padding=around), 3, 2)
+    np.testing.assert_array_equal(ops.conv_pool(x, kernel, 3, 2, padding=around), apart)
+    assert 0 < np.isnan(apart).sum() < apart.size
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -413,7 +476,7 @@ def normalize(x, kernel):
 ])  # fmt: skip
 def test_other_platforms_get_other_forms(monkeypatch, layer, text, platforms):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
-    monkeypatch.setattr(cpu, "PATCHES_BYTES", 1)
+    monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
     monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
     lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}

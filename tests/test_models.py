@@ -112,7 +112,7 @@ def test_json_and_integers_pass():
 @pytest.mark.parametrize("count", [6, 3])
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_even_batch_goes_in_halves_if_there_are_cores(name, count, monkeypatch):
-    monkeypatch.setattr(cpu, "PATCHES_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
+    monkeypatch.setattr(cpu, "MAPS_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
     towers, x = model(name)["towers"], images(name, count)
     for cores in (1, 2):
         network = build(name, Towers(towers, towers, cores=cores))
