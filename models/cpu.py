@@ -22,7 +22,6 @@ from models.layers import sum_dtype
 # chunks smaller than half a megabyte cost more than they save. So the order of a gradient's sums, and its last bits,
 # depend on the cache.
 MAPS_BYTES = max(host.second_cache() // 2, 1 << 19)
-TILES_BYTES = 2 * MAPS_BYTES
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
 # With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.
@@ -36,6 +35,11 @@ def chunk_of(examples: int, bytes_each: int, limit: int) -> int:
     if is_symbolic_dim(examples):  # a program that is exported for batches of any size
         return 1
     return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
+
+
+def _two_at_least(chunk: int, examples: int) -> int:
+    """Two examples where the chunk is one, for products that are small with one."""
+    return chunk if chunk > 1 or is_symbolic_dim(examples) else math.gcd(2, examples)
 
 
 def split(x: jax.Array, chunk: int) -> jax.Array:
@@ -95,13 +99,15 @@ class _Folding:
     def chunk(self, x, output):
         """How many examples' patches make a chunk."""
         patch = self._shape[0] * self.seen * self.block * self._shape[2]
-        chunk = chunk_of(x.shape[0], math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize, MAPS_BYTES)
-        # The products of a single example are small.
-        return chunk if chunk > 1 or is_symbolic_dim(x.shape[0]) else math.gcd(2, x.shape[0])
+        each = math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize
+        return _two_at_least(chunk_of(x.shape[0], each, MAPS_BYTES), x.shape[0])
 
 
-def _in_tiles(x, kernel, output, stride) -> int:
-    """How many examples a chunk of Winograd's form of a convolution has; 0 where it would not be faster."""
+def _in_tiles(x, kernel, output, stride, limit) -> int:
+    """How many examples a chunk of Winograd's form of a convolution has; 0 where it would not be faster.
+
+    Their transformed tiles stay within `limit` bytes.
+    """
     side, _, channels, features = kernel.shape
     square = stride == 1 and kernel.shape[1] == side and side in winograd.TILES and x.dtype == sum_dtype(x.dtype)
     if not square or min(channels, features) < LEAST_MAPS or winograd.multiplications(output, side) > 0.6:
@@ -110,7 +116,7 @@ def _in_tiles(x, kernel, output, stride) -> int:
     if not is_symbolic_dim(examples) and examples < LEAST_EXAMPLES[side]:
         return 0
     each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
-    return chunk_of(examples, each, TILES_BYTES)
+    return chunk_of(examples, each, limit)
 
 
 @default.by_groups
@@ -118,7 +124,7 @@ def conv(x, kernel, *, stride, padding):
     """`layers.conv`: by Winograd, or with pixels folded into channels if there are few of these."""
     plain = functools.partial(layers.conv, stride=stride, padding=padding)
     output = jax.eval_shape(plain, x, kernel).shape
-    if chunk := _in_tiles(x, kernel, output, stride):
+    if chunk := _in_tiles(x, kernel, output, stride, MAPS_BYTES):
         return winograd.conv(x, kernel, padding, chunk)
     folding = _Folding(kernel, output, stride, padding)
     if folding.block == 1:
@@ -139,7 +145,7 @@ def conv(x, kernel, *, stride, padding):
 def conv_input_gradient(x, kernel, g, *, stride, padding):
     """The gradient by x: a convolution of g with the kernel turned about, by Winograd if it pays."""
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    if chunk := _in_tiles(g, turned, x.shape, stride):
+    if chunk := _in_tiles(g, turned, x.shape, stride, MAPS_BYTES):
         around = [tuple(len(kernel) - 1 - zeros for zeros in sides) for sides in padding]
         return winograd.conv(g, turned, around, chunk)
     return default.input_gradient(layers.conv, x, kernel, g, stride=stride, padding=padding)
@@ -149,8 +155,9 @@ def conv_input_gradient(x, kernel, g, *, stride, padding):
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     """The gradient by the kernel: products of what each output pixel saw with its g, some examples at a time."""
     height, _, channels, features = kernel.shape
-    if chunk := _in_tiles(x, kernel, g.shape, stride):
-        return winograd.kernel_gradient(x, g, height, padding, chunk)
+    # Each chunk adds to a sum of the size of the transformed kernel.
+    if chunk := _in_tiles(x, kernel, g.shape, stride, 2 * MAPS_BYTES):
+        return winograd.kernel_gradient(x, g, height, padding, _two_at_least(chunk, x.shape[0]))
     folding = _Folding(kernel, g.shape, stride, padding)
     rows, columns = g.shape[1], g.shape[2] // folding.outputs
     chunk = folding.chunk(x, g.shape)

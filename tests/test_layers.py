@@ -323,7 +323,6 @@ def check_conv(x, kernel, stride, padding, groups=1, **options):
 @pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
     monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
-    monkeypatch.setattr(cpu, "TILES_BYTES", chunk_bytes)
     monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
     check_conv(x, kernel, stride, padding)
 
