@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+import models
 import optimizer
 from common import cli, host
 from common.errors import UserError, check_ranges, require
@@ -48,8 +49,8 @@ def recipe(
         config.model.width = width
     config.batch_size, config.model.dtype = batch_size, dtype
     if fused:
-        has = model in ("alexnet", "cifar_local")
-        require(has, f"The network {model} has no steps that the fused kernel takes; alexnet and cifar_local have.")
+        able = [name for name, network in models.MODELS.items() if hasattr(network, "normalize_pool")]
+        require(model in able, f"The network {model} has no steps that the fused kernel takes; {able} have.")
         config.parallel.fused = True
     return config
 

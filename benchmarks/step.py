@@ -31,7 +31,7 @@ from benchmarks import measure
 from common import backend
 from common.errors import UserError, check_ranges, require
 from common.exits import fail
-from models import fused, layers
+from models import cifar, fused, layers
 
 
 class Step:
@@ -152,14 +152,14 @@ def check_kernel(config) -> None:
     random, worst, most = np.random.default_rng(0), 0.0, 1e-5 if config.model.dtype == "float32" else 5e-2
     towers, rows = config.model.towers, models.layer_table(config.model, config.input.crop)[:2]
     for row in rows:
-        fits = fused.fits((1, *row.output), groups=towers, window=config.model.get("pool_window", 3))
+        fits = fused.fits((1, *row.output), groups=towers, window=config.model.get("pool_window", cifar.POOL[0]))
         require(fits, f"{row.name} has {row.output[-1] // towers} maps in a tower, more than the fused kernel takes.")
     network = models.build(config.model, parallel.Towers(towers, towers, fused=True), config.input.crop)
 
     def kernel(x):
         return network.apply({}, x, layers.relu(x), method="normalize_pool")
 
-    def plain(x):
+    def apart(x):
         return network.apply({}, network.apply({}, layers.relu(x), method="normalize"), method="pool")
 
     def with_gradient(form, x):
@@ -169,11 +169,11 @@ def check_kernel(config) -> None:
     for row in rows:
         # So large that the sums of squares count.
         x = jnp.asarray(random.normal(0, 60, (16, *row.output)), config.model.dtype)
-        found, wanted = (jax.jit(functools.partial(with_gradient, form))(x) for form in (kernel, plain))
+        found, wanted = (jax.jit(functools.partial(with_gradient, form))(x) for form in (kernel, apart))
         for one, other in zip(found, wanted, strict=True):
             one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
             worst = max(worst, float(np.abs(one - other).mean() / np.abs(other).mean()))
-    print(f"values and gradients of the fused kernel differ from the plain ones by {worst:.1e} in the mean")
+    print(f"values and gradients of the fused kernel differ from those of the steps apart by {worst:.1e} in the mean")
     require(worst < most, "The fused kernel computes something else.")
 
 

@@ -137,7 +137,7 @@ class CifarNet(_Network):
 
     def average(self, x: jax.Array) -> jax.Array:
         """Average-pooling."""
-        return ops.avg_pool(x, 3, 2)
+        return ops.avg_pool(x, *POOL)
 
     def validate(self, image_size: int) -> None:
         """Refuses fields that cannot work; raises `UserError`."""
@@ -168,7 +168,7 @@ class CifarLocalNet(_Network):
         return self.pool(self.normalize(self.activate(x)))
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Response normalisation across maps; the source divides its scale by the size of the window."""
+        """Response normalisation across maps."""
         return ops.local_response_normalization(x, **LOCAL_LRN) if self.lrn else x
 
     def normalize_pool(self, x: jax.Array, rectified: jax.Array) -> jax.Array:

@@ -18,9 +18,9 @@ from common import host
 from models import default, layers, winograd
 from models.layers import sum_dtype
 
-# Of a chunk. It stays in the second cache of a core, or nearly: main.py's devices have one core each if they can, and
-# chunks smaller than half a megabyte cost more than they save. So the order of a gradient's sums, and its last bits,
-# depend on the cache.
+# Of a chunk. It stays in the second cache of a core, or nearly; chunks smaller than half a megabyte cost more than they
+# save. That was measured with devices of one and two cores, and not with more. The order of a gradient's sums, and its
+# last bits, depend on the cache.
 MAPS_BYTES = max(host.second_cache() // 2, 1 << 19)
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16

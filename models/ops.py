@@ -1,9 +1,9 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
 This is the one place where forms of layers are chosen, when a program is lowered for a platform. Only a kernel of
-`models.fused` is chosen before, by the network. A platform's module holds only what is faster there, and
-`models.default` has the rest. To add a platform: a module with some of the functions of `models.default`, and a line in
-PLATFORMS. The tests run every form on the CPU.
+`models.fused` and the loop of `models.phases` are chosen before, by the network. A platform's module holds only what is
+faster there, and `models.default` has the rest. To add a platform: a module with some of the functions of
+`models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
 
 Reverse-mode differentiation only.
 """
@@ -104,9 +104,12 @@ _product.defvjp(_product_forward, _product_backward)
 
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
     """See `layers.conv`."""
-    padding = ((0, 0), (0, 0)) if padding == "VALID" else tuple((int(a), int(b)) for a, b in padding)
-    options = {"stride": stride, "padding": padding, "groups": groups}
+    options = {"stride": stride, "padding": _pixels(padding), "groups": groups}
     return _product("conv", tuple(options.items()), x, kernel)
+
+
+def _pixels(padding):
+    return ((0, 0), (0, 0)) if padding == "VALID" else tuple((int(a), int(b)) for a, b in padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,10 +135,12 @@ def _conv_pool_backward(padding, kept, g):
 _conv_pool.defvjp(_conv_pool_forward, _conv_pool_backward)
 
 
-def conv_pool(x: jax.Array, kernel: jax.Array, window: int, stride: int, *, padding) -> jax.Array:
-    """`max_pool` of `conv` with stride 1, in a form for CPUs that never stores the maps between, where there is one."""
+def conv_pool(x: jax.Array, kernel: jax.Array, window: int, stride: int, *, padding="VALID") -> jax.Array:
+    """`max_pool` of `conv` with stride 1: what `phases.fits` in a loop that is fast on CPUs, on any platform."""
+    padding = _pixels(padding)
+    jax.eval_shape(functools.partial(layers.conv, padding=padding), x, kernel)  # raises
     if phases.fits(x.shape, kernel.shape, padding, (window, stride)):
-        return _conv_pool(tuple((int(a), int(b)) for a, b in padding), x, kernel)
+        return _conv_pool(padding, x, kernel)
     return max_pool(conv(x, kernel, padding=padding), window, stride)
 
 

@@ -3,8 +3,9 @@
 The pixels of 2×2 lie side by side, a *block*, so that (N, H, W, C) becomes (N, H/2, W/2, 4 · C). A convolution over
 blocks gives the four outputs of a block, its *phases*, as four shares of its features. Pooling of 3×3 pixels with
 stride 2 then takes maxima of whole shares, and its gradient by a phase is a sum of four, two or one of its terms.
-Nothing skips pixels, the products are wide, and the maps before pooling are never stored. For kernels of side s the
-zeros that fill the blocks cost (s + 1)² / s² of the multiplications.
+Nothing skips pixels, the products are wide, and neither the maps before pooling nor their gradient are stored, if only
+the kernel's gradient is asked for. For kernels of an odd side s the zeros that fill the blocks make the multiplications
+(s + 1)² / s² times as many.
 """
 
 import functools
@@ -22,7 +23,7 @@ POOL = (3, 2)  # window and stride
 def fits(x_shape: tuple, kernel_shape: tuple, padding, pool: tuple[int, int]) -> bool:
     """Whether a convolution of stride 1 with these shapes, and the pooling behind it, are computed here."""
     height, width = _output(x_shape, kernel_shape, padding)
-    even = height % 2 == width % 2 == 0 and min(height, width) >= 4
+    even = height % 2 == width % 2 == 0 and min(height, width) >= POOL[0]
     square = kernel_shape[0] == kernel_shape[1]
     return pool == POOL and even and square and kernel_shape[2] < cpu.LEAST_CHANNELS
 
@@ -41,7 +42,7 @@ def kernel_gradient(x: jax.Array, place: jax.Array, g: jax.Array, side: int, pad
     """The gradient by the kernel, (side, side, C, F), from the places of the maxima and the gradient by these."""
     rows, columns, features = g.shape[1:]
     channels, seen = x.shape[-1], _seen(side)
-    chunk = _chunk(x, seen, g.shape)
+    chunk = _chunk(x, seen, rows, columns, features)
     xs, places, gs = (cpu.split(v, chunk) for v in (x, place, g))
 
     def product(i):
@@ -73,9 +74,8 @@ def _seen(side):
     return side // 2 + 1
 
 
-def _chunk(x, seen, output):
-    """How many examples' patches and phases make a chunk, for pooled maps of this shape."""
-    _, rows, columns, features = output
+def _chunk(x, seen, rows, columns, features):
+    """How many examples' patches and phases make a chunk, for pooled maps of this size."""
     each = rows * columns * 4 * (seen**2 * x.shape[-1] + features) * x.dtype.itemsize
     return cpu.chunk_of(x.shape[0], each, cpu.MAPS_BYTES)
 
@@ -96,9 +96,8 @@ def _forward(x, kernel, padding, pooled):
     seen = _seen(side)
     rows, columns = (size // 2 for size in _output(x.shape, kernel.shape, padding))
     fill = 2 * seen - side
-    copies = [
-        default.pad(default.pad(kernel, 0, a, fill - a), 1, b, fill - b) for a in range(2) for b in range(2)
-    ]  # for each phase, all pixels that its block of outputs sees
+    # For each phase, over all the pixels that its block of outputs sees.
+    copies = [default.pad(default.pad(kernel, 0, a, fill - a), 1, b, fill - b) for a in range(2) for b in range(2)]
     blocks = jnp.stack(copies, 3).reshape(seen, 2, seen, 2, channels, 4 * features)
     blocks = blocks.swapaxes(1, 2).reshape(seen, seen, 4 * channels, 4 * features)
 
@@ -112,7 +111,7 @@ def _forward(x, kernel, padding, pooled):
         )
         return pooled(jnp.split(maps, 4, axis=-1))
 
-    found = lax.map(part, cpu.split(x, _chunk(x, seen, (len(x), rows, columns, features))))
+    found = lax.map(part, cpu.split(x, _chunk(x, seen, rows, columns, features)))
     return jax.tree.map(lambda v: v.reshape(-1, rows, columns, features), found)
 
 
@@ -123,13 +122,11 @@ def _next(x, axis):
 
 def _maxima(phases):
     """The pooled maps, and the nine places of the windows, row by row, as whole maps of that size."""
-    rows = []
-    for first, second in (phases[:2], phases[2:]):
-        rows.append((first, second, _next(first, 2)))
-    rows.append(tuple(_next(x, 1) for x in rows[0]))
-    across = [functools.reduce(jnp.maximum, row) for row in rows[:2]]
-    across.append(_next(across[0], 1))
-    return functools.reduce(jnp.maximum, across), [place for row in rows for place in row]
+    rows = [(first, second, _next(first, 2)) for first, second in (phases[:2], phases[2:])]
+    # The third row of a window is the first one of the window below; so is its maximum, which costs less that way.
+    across = [functools.reduce(jnp.maximum, row) for row in rows]
+    y = functools.reduce(jnp.maximum, (*across, _next(across[0], 1)))
+    return y, [*rows[0], *rows[1], *(_next(x, 1) for x in rows[0])]
 
 
 def _maxima_and_places(phases):
@@ -143,7 +140,7 @@ def _maxima_and_places(phases):
 def _gradients(place, g):
     """The gradient by each phase, from the places of the maxima and the gradient by these."""
     # Padded once, in front: padding inside XLA's loops keeps these from being vectorised.
-    place, g = (default.pad(default.pad(v, 1, 1, 0, value), 2, 1, 0, value) for v, value in ((place, 255), (g, 0)))
+    place, g = (default.pad(default.pad(v, 1, 1, 0), 2, 1, 0) for v in (place, g))
     rows, columns = (size - 1 for size in g.shape[1:3])
 
     def term(row, column):

@@ -47,8 +47,11 @@ class TowerLayer(nn.Module):
         """Maps (N, …, groups · C) to (N, …, this device's share of the output maps).
 
         With `pool`, a window and a stride, a convolution of stride 1 and one group is max-pooled before its bias is
-        added, which comes to the same.
+        added. The values are those of pooling behind it; of maxima that rounding makes equal, another one may get the
+        gradient. Raises `ValueError` for other layers.
         """
+        if pool and (not self.kernel_size or self.stride != 1 or self.groups != 1):
+            raise ValueError(f"{self.name}: only a convolution of stride 1 and one group pools its maps.")
         maps, share = maps.astype(self.dtype), self.towers.share(self.features)
         channels = maps.shape[-1] // self.groups
         if not self.kernel_size:

@@ -120,7 +120,7 @@ def test_the_fused_kernel_is_checked_before_it_is_timed(monkeypatch, capsys):
     config = recipes.narrow(width=0.0625)
     for checked in (config, measure.recipe("cifar_local", fused=True)):
         step.check_kernel(checked)
-        assert "differ from the plain ones by" in capsys.readouterr().out
+        assert "differ from those of the steps apart by" in capsys.readouterr().out
     right = fused.normalize_pool_gradient
     monkeypatch.setattr(fused, "normalize_pool_gradient", lambda *arrays, **options: 1.001 * right(*arrays, **options))
     with pytest.raises(UserError, match="The fused kernel computes something else"):

@@ -11,7 +11,7 @@ import optimizer
 import reference
 from common.errors import UserError
 from configs import cifar10
-from models import cifar
+from models import cifar, towers
 from parallel import Towers
 
 AROUND = ((2, 2), (2, 2))
@@ -52,15 +52,15 @@ def convolutional_local(p, x, lrn):
 REFERENCES = {"cifar": convolutional, "cifar_local": convolutional_local}
 
 
-# One device, and as the core of a CPU, which computes some steps in one.
-PLACEMENTS = [None, Towers(1, 1, cores=1, fused=True)]
+# Plain, and as one and two cores of a CPU, which computes some steps in one, and with two cores in halves.
+PLACEMENTS = [None, Towers(1, 1, cores=1, fused=True), Towers(1, 1, cores=2, fused=True)]
 
 
 def case(name, lrn, placement=None):
     """A network, parameters of some size, and images; the maps are large enough that normalisation counts."""
     model = cifar10.get_config("18pct" if name == "cifar" else "11pct").model.to_dict() | {"lrn": lrn}
     random, side = np.random.default_rng(1), 32 if name == "cifar" else 24
-    images = random.normal(0, 60, (3, side, side, 3))
+    images = random.normal(0, 60, (4, side, side, 3))
     network = models.build(model, placement, side)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.float32(images)))["params"]
     params = jax.tree.map(lambda leaf: random.normal(0, 0.05, leaf.shape), shapes)
@@ -98,9 +98,10 @@ def test_steps_in_one_have_the_same_gradients(name, lrn):
 
         programs.append(str(jax.make_jaxpr(gradient)(*arguments)))
         found.append(jax.tree.leaves(gradient(*arguments)))
-    assert programs[0] != programs[1]
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+    assert programs[0] not in programs[1:]
+    for plain, *others in zip(*found, strict=True):
+        for other in others:
+            np.testing.assert_allclose(other, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
 
 
 def test_gradients_of_a_local_layer_are_the_references():
@@ -119,6 +120,16 @@ def test_gradients_of_a_local_layer_are_the_references():
         direction = random.normal(size=value.shape)
         below, above = ((local(**{**values, name: value + sign * direction}) ** 2).sum() for sign in (-1, 1))
         assert np.vdot(gradient[name], direction) == pytest.approx((above - below) / 2, rel=1e-4), name
+
+
+@pytest.mark.parametrize("change", [dict(stride=2), dict(groups=2), dict(kernel_size=0)])
+def test_other_layers_do_not_pool(change):
+    values = dict(features=4, kernel_size=3, stride=1, padding=1, groups=1, towers=Towers(1, 1), dtype="float32")
+    layer = towers.TowerLayer(
+        **values | change, kernel_init=nn.initializers.ones, bias_init=nn.initializers.zeros, name="conv1"
+    )
+    with pytest.raises(ValueError, match="conv1: only a convolution of stride 1"):
+        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), cifar.POOL)
 
 
 def test_sizes_are_those_of_2012():

@@ -418,12 +418,14 @@ def test_layers_in_bfloat16():
 
 def stack(x, kernel):
     """Every layer once, as a scalar."""
+    pooled = ops.conv_pool(x, kernel, 3, 2, padding=((1, 2), (1, 2)))
     y = ops.relu(ops.conv(x, kernel, stride=2, padding=((0, 1), (0, 1))))
     y = ops.local_response_normalization(y, **STRONG, groups=2)
     y = ops.conv(y, jnp.tile(kernel[:3, :3, :2], (1, 1, 1, 2)), padding=((1, 1), (1, 1)), groups=2)
     y = ops.conv(ops.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 8, 1)), padding=((1, 1), (1, 1)))
     y = ops.spatial_response_normalization(y, size=3, scale=0.1, power=0.75)
-    return jnp.sum(jnp.square(ops.dense(ops.avg_pool(y, 2, 2)[:, 0, 0], kernel[0, 0].T)))
+    y = ops.dense(ops.avg_pool(y, 2, 2)[:, 0, 0], kernel[0, 0].T)
+    return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(pooled))
 
 
 @pytest.mark.parametrize("transform", ["pmap", "shard_map"])
@@ -476,7 +478,6 @@ def normalize(x, kernel):
 def test_other_platforms_get_other_forms(monkeypatch, layer, text, platforms):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
     monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
-    monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
     lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
     assert {name for name, program in lowered.items() if text in program} == platforms
@@ -493,6 +494,23 @@ def test_memory_of_the_first_layer():
     memory = jax.jit(jax.grad(loss)).lower(kernel, x).compile().memory_analysis()
     output = 128 * 55 * 55 * 96 * 4
     assert memory.temp_size_in_bytes < 2 * output + (128 << 20)
+
+
+def test_pooling_refuses_channels_that_differ():
+    with pytest.raises(ValueError, match="3 channels cannot convolve maps of 2"):
+        ops.conv_pool(jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 3, 4)), 3, 2)
+
+
+def test_conv_and_pooling_of_any_number_of_examples():
+    x, kernel = (np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in ((3, 8, 8, 3), (3, 3, 3, 4)))
+    (count,) = jax.export.symbolic_shape("n")
+
+    @jax.jit
+    def layer(x):
+        return ops.conv_pool(x, kernel, 3, 2)
+
+    exported = jax.export.export(layer)(jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype))
+    np.testing.assert_allclose(exported.call(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("module", [layers, ops])
