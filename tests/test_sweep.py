@@ -21,7 +21,7 @@ import runs
 from common import cli
 from common.errors import UserError
 from configs import demo
-from configs.sweeps import Arm, Measure, Sweep, caltech101, claims, epochs_to, figure1, initial_weights, last
+from configs.sweeps import Arm, Measure, Sweep, caltech101, claims, dropout, epochs_to, figure1, initial_weights, last
 from run import arms, results
 
 BOUND = Measure("error", last("test/top1_error"))
@@ -168,6 +168,7 @@ SWEEPS = {
     "caltech101:short": caltech101.get_sweep("short"),
     "claims": claims.get_sweep(),
     "claims:imagenet": claims.get_sweep("imagenet"),
+    "dropout": dropout.get_sweep(),
     "figure1": figure1.get_sweep(),
     "figure1:search": figure1.get_sweep("search"),
     "initial_weights": initial_weights.get_sweep(),
