@@ -116,7 +116,7 @@ def _forward(x, kernel, padding, pooled):
 
 
 def _next(x, axis):
-    """What follows each element along an axis; nothing is greater than the lowest number behind the last."""
+    """What follows each element along an axis; behind the last stands the lowest number."""
     return default.pad(lax.slice_in_dim(x, 1, x.shape[axis], axis=axis), axis, 0, 1, -jnp.inf)
 
 
