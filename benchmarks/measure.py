@@ -50,7 +50,9 @@ def recipe(
     config.batch_size, config.model.dtype = batch_size, dtype
     if fused:
         able = [name for name, network in models.MODELS.items() if hasattr(network, "normalize_pool")]
-        require(model in able, f"The network {model} has no steps that the fused kernel takes; {' and '.join(able)} have.")
+        require(
+            model in able, f"The network {model} has no steps that the fused kernel takes; {' and '.join(able)} have."
+        )
         config.parallel.fused = True
     return config
 
