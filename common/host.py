@@ -1,6 +1,7 @@
 """This machine: its CPU cores and their caches, its GPUs, and how its C library keeps memory."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import pathlib
@@ -10,6 +11,9 @@ import re
 _DEVICES = pathlib.Path("/dev")
 # Where Linux describes the second cache of the first core.
 _CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+# Where Linux says what each core can do.
+_PROCESSORS = pathlib.Path("/proc/cpuinfo")
 
 
 def cores() -> int:
@@ -39,6 +43,15 @@ def second_cache() -> int:
         return int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]]
     except (OSError, ValueError, LookupError):
         return 1 << 20
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the cores of this machine have a unit that multiplies matrices of bfloat16, Intel's AMX."""
+    try:
+        return re.search(r"^flags\b.*\bamx_bf16\b", _PROCESSORS.read_text(), re.M) is not None
+    except OSError:
+        return False
 
 
 def keep_freed_memory() -> None:

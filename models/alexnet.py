@@ -137,7 +137,9 @@ class AlexNet(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
         """Computes logits; see `models`."""
-        return self.fully_connected(self.convolutional(images.astype(self.dtype)), train, rows)
+        return self.fully_connected(
+            self.convolutional(images.astype(self.placement.maps_dtype(self.dtype))), train, rows
+        )
 
     def convolutional(self, images: jax.Array) -> jax.Array:
         """Maps (N, H, W, 3) images to what fc6 sees, (N, H', W', maps of the towers here)."""

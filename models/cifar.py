@@ -75,7 +75,8 @@ class _Network(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
         """Maps (N, H, W, 3) images to logits; see `models`."""
         del train, rows
-        return self.fc10(self.convolutional(images.astype(self.dtype))).astype(jnp.float32)
+        images = images.astype(self.placement.maps_dtype(self.dtype))
+        return self.fc10(self.convolutional(images)).astype(jnp.float32)
 
     def _layer(self, features: int, kernel_size: int, deviation: float) -> towers.TowerLayer:
         """A layer of stride 1 with initial weights of this deviation, a convolution unless `kernel_size` is 0."""
@@ -153,7 +154,8 @@ class CifarLocalNet(_Network):
     def setup(self):
         """The five layers, with the source's standard deviations of the initial weights."""
         self.conv1, self.conv2 = self._layer(64, 5, 1e-4), self._layer(64, 5, 0.01)
-        self.local3, self.local4 = (LocalLayer(32, 3, nn.initializers.normal(0.04), self.dtype) for _ in range(2))
+        dtype = self.placement.maps_dtype(self.dtype)
+        self.local3, self.local4 = (LocalLayer(32, 3, nn.initializers.normal(0.04), dtype) for _ in range(2))
         self.fc10 = self._layer(self.num_classes, 0, 0.01)
 
     def convolutional(self, images: jax.Array) -> jax.Array:

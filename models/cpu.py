@@ -15,92 +15,21 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from common import host
-from models import default, layers, winograd
+from models import amx, chunks, default, layers, winograd
+from models.chunks import Folding, chunk_of, split, two_at_least
 from models.layers import sum_dtype
 
-# Of a chunk. It stays in the second cache of a core, or nearly; chunks smaller than half a megabyte cost more than they
-# save. That was measured with devices of one and two cores, and not with more. The order of a gradient's sums, and its
-# last bits, depend on the cache.
-MAPS_BYTES = max(host.second_cache() // 2, 1 << 19)
 # With fewer maps Winograd's transforms cost more than the products that they save.
 LEAST_MAPS = 16
 # With fewer examples neither, by the side of the kernel; measured at the sizes of AlexNet.
 LEAST_EXAMPLES = {3: 16, 5: 4}
-# With fewer channels XLA's convolution is slow.
-LEAST_CHANNELS = 8
-
-
-def chunk_of(examples: int, bytes_each: int, limit: int) -> int:
-    """The largest divisor of `examples` of which so many stay within `limit` bytes; 1 at least."""
-    if is_symbolic_dim(examples):  # a program that is exported for batches of any size
-        return 1
-    return max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * bytes_each <= limit))
-
-
-def _two_at_least(chunk: int, examples: int) -> int:
-    """Two examples where the chunk is one, for products that are small with one."""
-    return chunk if chunk > 1 or is_symbolic_dim(examples) else math.gcd(2, examples)
-
-
-def split(x: jax.Array, chunk: int) -> jax.Array:
-    """Chunks of `chunk` examples along a new first axis."""
-    return x.reshape(-1, chunk, *x.shape[1:])
 
 
 def _chunk_of_maps(x):
-    return chunk_of(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, MAPS_BYTES)
+    return chunk_of(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, chunks.MAPS_BYTES)
 
 
 # Convolution.
-
-
-class _Folding:
-    """Merges the neighbouring pixels of a row into blocks, so that a convolution sees fewer pixels with more channels.
-
-    With a stride, a block has `stride` pixels, and the convolution strides down only. With stride 1 and few channels,
-    it has two pixels and gives both outputs. Merging along a row is a change of shape; across rows it would move
-    pixels.
-
-    Attributes:
-      block: pixels in a block.
-      outputs: outputs of a block along the row.
-      seen: blocks that one block of outputs sees.
-    """
-
-    def __init__(self, kernel, output, stride, padding):
-        self._shape, self._stride, self._padding = kernel.shape, stride, padding
-        few = stride == 1 and kernel.shape[2] < LEAST_CHANNELS and output[2] % 2 == 0
-        self.block = 2 if few else stride
-        self.outputs = self.block // stride
-        self.seen = -(-(kernel.shape[1] + self.block - stride) // self.block)
-
-    def pixels(self, x, columns):
-        """Pads x and merges its pixels, for so many `columns` of output."""
-        (top, bottom), (left, _) = self._padding
-        n, height, width, channels = x.shape
-        reach = columns // self.outputs - 1 + self.seen  # blocks that some window sees
-        widths = ((0, 0, 0), (top, bottom, 0), (left, reach * self.block - width - left, 0), (0, 0, 0))
-        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
-        return x.reshape(n, height + top + bottom, reach, self.block * channels)
-
-    def kernel(self, kernel):
-        """A kernel for these pixels, with the features of each output of a block: zeros fill its blocks."""
-        height, width, channels, features = kernel.shape
-        fill = self.seen * self.block - width
-        copies = [default.pad(kernel, 1, at, fill - at) for at in range(0, self.block, self._stride)]
-        return jnp.stack(copies, 3).reshape(height, self.seen, self.block * channels, self.outputs * features)
-
-    def unfold(self, total):
-        """From the gradient by such a kernel, (height, seen · block, C, outputs, F), to that by the kernel."""
-        width = self._shape[1]
-        starts = range(0, self.block, self._stride)
-        return functools.reduce(jnp.add, (total[:, at : at + width, :, i] for i, at in enumerate(starts)))
-
-    def chunk(self, x, output):
-        """How many examples' patches make a chunk."""
-        patch = self._shape[0] * self.seen * self.block * self._shape[2]
-        each = math.prod(output[1:3]) // self.outputs * patch * x.dtype.itemsize
-        return _two_at_least(chunk_of(x.shape[0], each, MAPS_BYTES), x.shape[0])
 
 
 def _in_tiles(x, kernel, output, stride, limit) -> int:
@@ -119,14 +48,23 @@ def _in_tiles(x, kernel, output, stride, limit) -> int:
     return chunk_of(examples, each, limit)
 
 
+def _in_bfloat16(x, kernel, features):
+    """Whether float32 maps are multiplied with a bfloat16 kernel, for so many features, by a unit of the cores."""
+    mixed = x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
+    return mixed and features >= amx.LEAST_FEATURES and host.multiplies_bfloat16()
+
+
 @default.by_groups
 def conv(x, kernel, *, stride, padding):
     """`layers.conv`: by Winograd, or with pixels folded into channels if there are few of these."""
+    if _in_bfloat16(x, kernel, kernel.shape[3]):
+        return amx.conv(x, kernel, stride=stride, padding=padding)
+    x, kernel = layers.rounded(x, kernel)
     plain = functools.partial(layers.conv, stride=stride, padding=padding)
     output = jax.eval_shape(plain, x, kernel).shape
-    if chunk := _in_tiles(x, kernel, output, stride, MAPS_BYTES):
+    if chunk := _in_tiles(x, kernel, output, stride, chunks.MAPS_BYTES):
         return winograd.conv(x, kernel, padding, chunk)
-    folding = _Folding(kernel, output, stride, padding)
+    folding = Folding(kernel, output, stride, padding)
     if folding.block == 1:
         return plain(x, kernel)
     # XLA gathers the patches of all the examples that it is given before it multiplies them.
@@ -144,9 +82,12 @@ def conv(x, kernel, *, stride, padding):
 @default.by_groups
 def conv_input_gradient(x, kernel, g, *, stride, padding):
     """The gradient by x: a convolution of g with the kernel turned about, by Winograd if it pays."""
+    around = [tuple(size - 1 - zeros for zeros in sides) for size, sides in zip(kernel.shape[:2], padding, strict=True)]
+    if stride == 1 and _in_bfloat16(x, kernel, kernel.shape[2]):
+        return amx.conv(g, kernel[::-1, ::-1].swapaxes(2, 3), stride=1, padding=around)
+    g, kernel = layers.rounded(g, kernel)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    if chunk := _in_tiles(g, turned, x.shape, stride, MAPS_BYTES):
-        around = [tuple(len(kernel) - 1 - zeros for zeros in sides) for sides in padding]
+    if chunk := _in_tiles(g, turned, x.shape, stride, chunks.MAPS_BYTES):
         return winograd.conv(g, turned, around, chunk)
     return default.input_gradient(layers.conv, x, kernel, g, stride=stride, padding=padding)
 
@@ -154,11 +95,15 @@ def conv_input_gradient(x, kernel, g, *, stride, padding):
 @default.by_groups
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     """The gradient by the kernel: products of what each output pixel saw with its g, some examples at a time."""
+    if _in_bfloat16(x, kernel, kernel.shape[3]):
+        return amx.conv_kernel_gradient(x, kernel, g, stride=stride, padding=padding)
     height, _, channels, features = kernel.shape
+    (x, _), (g, _) = layers.rounded(x, kernel), layers.rounded(g, kernel)
     # Each chunk adds to a sum of the size of the transformed kernel.
-    if chunk := _in_tiles(x, kernel, g.shape, stride, 2 * MAPS_BYTES):
-        return winograd.kernel_gradient(x, g, height, padding, _two_at_least(chunk, x.shape[0]))
-    folding = _Folding(kernel, g.shape, stride, padding)
+    if chunk := _in_tiles(x, kernel, g.shape, stride, 2 * chunks.MAPS_BYTES):
+        gradient = winograd.kernel_gradient(x, g, height, padding, two_at_least(chunk, x.shape[0]))
+        return gradient.astype(kernel.dtype)
+    folding = Folding(kernel, g.shape, stride, padding)
     rows, columns = g.shape[1], g.shape[2] // folding.outputs
     chunk = folding.chunk(x, g.shape)
     xs, gs = split(x, chunk), split(g.reshape(len(g), rows, columns, -1), chunk)

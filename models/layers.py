@@ -33,12 +33,20 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
+def rounded(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maps and kernel in the dtype of the maps; if that of the kernel is narrower, rounded to it."""
+    if kernel.dtype == x.dtype:
+        return x, kernel
+    narrow = jnp.finfo(kernel.dtype)
+    return lax.reduce_precision(x, narrow.nexp, narrow.nmant), kernel.astype(x.dtype)
+
+
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
     """Convolves (N, H, W, groups · C) with a kernel (height, width, C, F); gives (N, H', W', F).
 
     Args:
       x: maps.
-      kernel: of the dtype of `x`.
+      kernel: of the dtype of `x`, or of a narrower one; `rounded` says what is multiplied then.
       stride: along both axes.
       padding: 'VALID', or pixels of zeros as ((top, bottom), (left, right)).
       groups: the maps are that many groups of equal size, such as the towers here, and each gives its share of F.
@@ -52,6 +60,7 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", g
         raise ValueError(f"a kernel of {channels} channels cannot convolve maps of {x.shape[-1]}")
     for size, (before, after), window in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True):
         output_size(size + before + after, window, stride)  # raises
+    x, kernel = rounded(x, kernel)
     return lax.conv_general_dilated(
         x,
         kernel,

@@ -139,6 +139,7 @@ def conv_pool(x: jax.Array, kernel: jax.Array, window: int, stride: int, *, padd
     """`max_pool` of `conv` with stride 1: what `phases.fits` in a loop that is fast on CPUs, on any platform."""
     padding = _pixels(padding)
     jax.eval_shape(functools.partial(layers.conv, padding=padding), x, kernel)  # raises
+    x, kernel = layers.rounded(x, kernel)
     if phases.fits(x.shape, kernel.shape, padding, (window, stride)):
         return _conv_pool(padding, x, kernel)
     return max_pool(conv(x, kernel, padding=padding), window, stride)

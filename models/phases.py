@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models import cpu, default
+from models import chunks, default
 from models.layers import sum_dtype
 
 POOL = (3, 2)  # window and stride
@@ -25,7 +25,7 @@ def fits(x_shape: tuple, kernel_shape: tuple, padding, pool: tuple[int, int]) ->
     height, width = _output(x_shape, kernel_shape, padding)
     even = height % 2 == width % 2 == 0 and min(height, width) >= POOL[0]
     square = kernel_shape[0] == kernel_shape[1]
-    return pool == POOL and even and square and kernel_shape[2] < cpu.LEAST_CHANNELS
+    return pool == POOL and even and square and kernel_shape[2] < chunks.LEAST_CHANNELS
 
 
 def conv_pool(x: jax.Array, kernel: jax.Array, padding) -> jax.Array:
@@ -43,7 +43,7 @@ def kernel_gradient(x: jax.Array, place: jax.Array, g: jax.Array, side: int, pad
     rows, columns, features = g.shape[1:]
     channels, seen = x.shape[-1], _seen(side)
     chunk = _chunk(x, seen, rows, columns, features)
-    xs, places, gs = (cpu.split(v, chunk) for v in (x, place, g))
+    xs, places, gs = (chunks.split(v, chunk) for v in (x, place, g))
 
     def product(i):
         blocks = _blocks(xs[i], padding, rows, columns, seen)
@@ -77,7 +77,7 @@ def _seen(side):
 def _chunk(x, seen, rows, columns, features):
     """How many examples' patches and phases make a chunk, for pooled maps of this size."""
     each = rows * columns * 4 * (seen**2 * x.shape[-1] + features) * x.dtype.itemsize
-    return cpu.chunk_of(x.shape[0], each, cpu.MAPS_BYTES)
+    return chunks.chunk_of(x.shape[0], each, chunks.MAPS_BYTES)
 
 
 def _blocks(x, padding, rows, columns, seen):
@@ -111,7 +111,7 @@ def _forward(x, kernel, padding, pooled):
         )
         return pooled(jnp.split(maps, 4, axis=-1))
 
-    found = lax.map(part, cpu.split(x, _chunk(x, seen, rows, columns, features)))
+    found = lax.map(part, chunks.split(x, _chunk(x, seen, rows, columns, features)))
     return jax.tree.map(lambda v: v.reshape(-1, rows, columns, features), found)
 
 

@@ -78,7 +78,9 @@ class TorchvisionAlexNet(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool = False, rows: jax.Array | None = None) -> jax.Array:
         """Computes logits; see `models`."""
-        return self.fully_connected(self.convolutional(images.astype(self.dtype)), train, rows)
+        return self.fully_connected(
+            self.convolutional(images.astype(self.placement.maps_dtype(self.dtype))), train, rows
+        )
 
     def convolutional(self, images: jax.Array) -> jax.Array:
         """Maps (N, H, W, 3) images to (N, 6, 6, maps of conv5)."""

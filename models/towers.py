@@ -52,7 +52,7 @@ class TowerLayer(nn.Module):
         """
         if pool and (not self.kernel_size or self.stride != 1 or self.groups != 1):
             raise ValueError(f"{self.name}: only a convolution of stride 1 and one group pools its maps.")
-        maps, share = maps.astype(self.dtype), self.towers.share(self.features)
+        maps, share = maps.astype(self.towers.maps_dtype(self.dtype)), self.towers.share(self.features)
         channels = maps.shape[-1] // self.groups
         if not self.kernel_size:
             channels *= math.prod(maps.shape[1:-1])
@@ -60,7 +60,7 @@ class TowerLayer(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*window, channels, share), jnp.float32)
         bias = self.param("bias", self.bias_init, (share,), jnp.float32)
         output = self._convolve(maps, kernel, pool) if self.kernel_size else self._connect(maps, kernel)
-        return output + bias.astype(self.dtype)
+        return output + bias.astype(output.dtype)
 
     def _convolve(self, maps, kernel, pool):
         if self.padding is None:

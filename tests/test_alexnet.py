@@ -10,6 +10,7 @@ import pytest
 
 import models
 import optimizer
+import parallel
 import recipes
 import reference
 import update
@@ -197,10 +198,11 @@ def test_dropout_masks_follow_the_example_not_its_place():
     assert not np.allclose(logits(maps, 1), together)
 
 
-def test_bfloat16_rounds_what_lies_between():
+@pytest.mark.parametrize("cores", [0, 1, 2])
+def test_bfloat16_rounds_what_lies_between(cores):
     config, _, params, images, _ = case()
     config.model.dtype = "bfloat16"
-    network = update.build_network(config)
+    network = models.build(config.model, parallel.Towers(2, 2, cores=cores), config.input.crop)
     logits = jax.jit(network.apply)({"params": params}, images)
     exact, _ = reference.forward(params, images)
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)

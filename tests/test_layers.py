@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import reference
 from common import host
-from models import cpu, fused, layers, ops, phases, winograd
+from models import amx, chunks, cpu, fused, layers, ops, phases, winograd
 
 # A form runs on any platform, so all are tested here: by the name, what `ops` takes for the forms of CPUs.
 FORMS = {"default": {}, **{module.__name__: {"cpu": module} for module in ops.PLATFORMS.values()}}
@@ -113,7 +113,7 @@ def test_local_response_normalization(shape, groups, constants):
 
 def test_normalization_of_large_values_in_many_chunks(monkeypatch):
     """Activations reach thousands early in training; and chunks of examples must not be seen."""
-    monkeypatch.setattr(cpu, "MAPS_BYTES", 2000)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", 2000)
     check_lrn(300 * np.random.default_rng(1).standard_normal((12, 3, 5, 8)), 1, PAPER)
 
 
@@ -221,7 +221,7 @@ def check_pool(name, array, window, stride, **options):
 
 @pytest.mark.parametrize("chunk_bytes,height,width,window,stride", WINDOWS)
 def test_max_pool(monkeypatch, chunk_bytes, height, width, window, stride):
-    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", chunk_bytes)
     rng, shape = np.random.default_rng(0), (2, height, width, 3)
     # In whole numbers from −1 to 1 most windows have several maxima, of which the first gets the gradient.
     values = np.concatenate([rng.standard_normal(shape), rng.integers(-1, 2, shape)])
@@ -322,9 +322,44 @@ def check_conv(x, kernel, stride, padding, groups=1, **options):
 
 @pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
 def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
-    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", chunk_bytes)
     monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
     check_conv(x, kernel, stride, padding)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
+def test_conv_of_float32_maps_with_a_bfloat16_kernel(monkeypatch, unit, chunk_bytes, x, kernel, stride, padding):
+    """What is multiplied is rounded, whether or not the cores multiply bfloat16; the sums are float32."""
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: unit)
+    monkeypatch.setattr(amx, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(amx, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
+    rng, pixels = np.random.default_rng(0), ((0, 0), (0, 0)) if padding == "VALID" else padding
+    x, kernel = jnp.asarray(rng.standard_normal(x), jnp.float32), jnp.asarray(rng.standard_normal(kernel), jnp.bfloat16)
+    convolve = functools.partial(ops.conv, stride=stride, padding=padding)
+    y, pull = jax.vjp(jax.jit(convolve), x, kernel)
+    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+
+    def rounded(v):
+        return np.asarray(v.astype(jnp.bfloat16), np.float64)
+
+    expected = reference.conv(rounded(x), rounded(kernel), 0, stride, pixels)
+    gradients = reference.conv_gradient(rounded(x), rounded(kernel), rounded(g), stride, pixels)
+    below, by_kernel = pull(g)
+    assert (y.dtype, below.dtype, by_kernel.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    for found, wanted, tolerance in ((y, expected, 2e-5), (below, gradients[0], 2e-5), (by_kernel, gradients[1], 4e-3)):
+        atol = tolerance * np.abs(wanted).max()
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=atol)
+
+
+def test_conv_with_a_bfloat16_kernel_in_groups_and_on_every_platform():
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.standard_normal((2, 9, 9, 8)), jnp.float32), rng.standard_normal((3, 3, 4, 6))
+    kernel = jnp.asarray(kernel, jnp.bfloat16)
+    found = {form: module.conv(x, kernel, groups=2) for form, module in implementations()}
+    for form, y in found.items():
+        np.testing.assert_allclose(y, found["plain"], atol=2e-5, err_msg=form)
 
 
 @pytest.mark.parametrize("groups,x,kernel,stride", [
@@ -367,7 +402,7 @@ def check_conv_pool(x, kernel, padding, window=3, stride=2, **options):
 ])  # fmt: skip
 def test_conv_and_pooling_in_one_loop(monkeypatch, chunk_bytes, x, kernel, padding):
     assert phases.fits(x, kernel, padding, (3, 2))
-    monkeypatch.setattr(cpu, "MAPS_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", chunk_bytes)
     check_conv_pool(x, kernel, padding)
     # Whole numbers have equal maxima; windows behind the last column hold one place less, all of them negative.
     rng = np.random.default_rng(1)
@@ -477,7 +512,7 @@ def normalize(x, kernel):
 ])  # fmt: skip
 def test_other_platforms_get_other_forms(monkeypatch, layer, text, platforms):
     """What is fast on a CPU is not on a GPU, so the choice belongs to the platform that the program is lowered for."""
-    monkeypatch.setattr(cpu, "MAPS_BYTES", 1)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", 1)
     traced = jax.jit(layer).trace(jnp.ones((4, 17, 17, 3)), jnp.ones((5, 5, 3, 4)))
     lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
     assert {name for name, program in lowered.items() if text in program} == platforms
@@ -538,3 +573,18 @@ def test_the_second_cache_is_what_linux_says(tmp_path, monkeypatch, content, siz
     assert host.second_cache() == 1 << 20, "no such file"
     (tmp_path / "size").write_text(content)
     assert host.second_cache() == size
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512_bf16 xamx_bf16\n", False),
+        ("", False),
+    ],
+)
+def test_a_unit_for_bfloat16_is_what_linux_says(tmp_path, monkeypatch, content, found):
+    monkeypatch.setattr(host, "_PROCESSORS", tmp_path / "cpuinfo")
+    assert not host.multiplies_bfloat16.__wrapped__(), "no such file"
+    (tmp_path / "cpuinfo").write_text(f"model name\t: amx_bf16\n{content}")
+    assert host.multiplies_bfloat16.__wrapped__() is found

@@ -12,7 +12,7 @@ import pytest
 import models
 from common.errors import UserError
 from configs import alexnet, cifar10, torchvision
-from models import cpu, fused
+from models import chunks, fused
 from parallel import Towers
 
 # The recipe of each network, and the smallest images that tests run it on.
@@ -112,7 +112,7 @@ def test_json_and_integers_pass():
 @pytest.mark.parametrize("count", [6, 3])
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_even_batch_goes_in_halves_if_there_are_cores(name, count, monkeypatch):
-    monkeypatch.setattr(cpu, "MAPS_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
+    monkeypatch.setattr(chunks, "MAPS_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
     towers, x = model(name)["towers"], images(name, count)
     for cores in (1, 2):
         network = build(name, Towers(towers, towers, cores=cores))

@@ -21,7 +21,7 @@ import recipes
 import update
 from common import backend, host
 from common.errors import UserError
-from models import cpu, fused
+from models import chunks, fused
 from run import setup
 from runs import ROOT
 
@@ -65,7 +65,7 @@ def alone():
 @pytest.mark.parametrize("cores,devices,parts", [(1, 1, 1), (2, 1, 2), (2, 2, 1), (8, 2, 2)])
 def test_parts_of_the_batch_keep_spare_cores_busy(monkeypatch, cores, devices, parts):
     monkeypatch.setattr(host, "cores", lambda: cores)
-    monkeypatch.setattr(cpu, "MAPS_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
+    monkeypatch.setattr(chunks, "MAPS_BYTES", 1 << 30)  # a chunk of the first layer could be half of the batch too
     layout = parallel.Layout(devices=jax.devices()[:devices])
     assert layout.towers(2).cores == layout.towers(1).cores == cores // devices
     network = models.build(recipes.narrow().model, layout.towers(2), 67)
