@@ -12,13 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from common import host
 from models import chunks, layers
 from models.chunks import Folding
 
-# With fewer features, patches cost more to gather than float32 products do, by Winograd in part.
-LEAST_FEATURES = 96
+# With fewer features patches cost more to gather than float32 products do, those of 3×3 and 5×5 by Winograd.
+LEAST_FEATURES = {3: 64, 5: 96}
+_OTHERWISE = 32
 # Bytes of a chunk: more of them make larger products, and fewer of them fit into the cache.
 CHUNK_BYTES = 3 * chunks.MAPS_BYTES
+
+
+def pays(x: jax.Array, kernel: jax.Array, features: int) -> bool:
+    """Whether these maps and this kernel are multiplied here, for so many output maps of the product."""
+    mixed = x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
+    enough = features >= LEAST_FEATURES.get(kernel.shape[0], _OTHERWISE)
+    return mixed and enough and host.multiplies_bfloat16()
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding) -> jax.Array:
@@ -55,7 +64,8 @@ def conv_kernel_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, *, strid
         pixels = folding.pixels(_bits(xs[i], kernel.dtype), g.shape[2])
         # Channels first: a left operand that is transposed costs more than the product.
         maps = lax.optimization_barrier(jnp.moveaxis(pixels, -1, 0))
-        patches = _patches(maps, 2, (height, folding.seen), (rows, columns), stride)
+        beside = lax.optimization_barrier(_patches(maps, 2, (1, folding.seen), (maps.shape[2], columns), 1))
+        patches = _patches(beside, 2, (height, 1), (rows, columns), stride)
         return _product(patches.reshape(len(patches), -1), gs[i].astype(kernel.dtype))
 
     # The first chunk starts the sum: a zero would not vary over devices under shard_map, and the sum does.

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from common import host
 from models import amx, chunks, default, layers, winograd
 from models.chunks import Folding, chunk_of, split, two_at_least
 from models.layers import sum_dtype
@@ -48,16 +47,10 @@ def _in_tiles(x, kernel, output, stride, limit) -> int:
     return chunk_of(examples, each, limit)
 
 
-def _in_bfloat16(x, kernel, features):
-    """Whether float32 maps are multiplied with a bfloat16 kernel, for so many features, by a unit of the cores."""
-    mixed = x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
-    return mixed and features >= amx.LEAST_FEATURES and host.multiplies_bfloat16()
-
-
 @default.by_groups
 def conv(x, kernel, *, stride, padding):
     """`layers.conv`: by Winograd, or with pixels folded into channels if there are few of these."""
-    if _in_bfloat16(x, kernel, kernel.shape[3]):
+    if amx.pays(x, kernel, kernel.shape[3]):
         return amx.conv(x, kernel, stride=stride, padding=padding)
     x, kernel = layers.rounded(x, kernel)
     plain = functools.partial(layers.conv, stride=stride, padding=padding)
@@ -83,7 +76,7 @@ def conv(x, kernel, *, stride, padding):
 def conv_input_gradient(x, kernel, g, *, stride, padding):
     """The gradient by x: a convolution of g with the kernel turned about, by Winograd if it pays."""
     around = [tuple(size - 1 - zeros for zeros in sides) for size, sides in zip(kernel.shape[:2], padding, strict=True)]
-    if stride == 1 and _in_bfloat16(x, kernel, kernel.shape[2]):
+    if stride == 1 and amx.pays(x, kernel, kernel.shape[2]):
         return amx.conv(g, kernel[::-1, ::-1].swapaxes(2, 3), stride=1, padding=around)
     g, kernel = layers.rounded(g, kernel)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
@@ -95,7 +88,7 @@ def conv_input_gradient(x, kernel, g, *, stride, padding):
 @default.by_groups
 def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     """The gradient by the kernel: products of what each output pixel saw with its g, some examples at a time."""
-    if _in_bfloat16(x, kernel, kernel.shape[3]):
+    if amx.pays(x, kernel, kernel.shape[3]):
         return amx.conv_kernel_gradient(x, kernel, g, stride=stride, padding=padding)
     height, _, channels, features = kernel.shape
     (x, _), (g, _) = layers.rounded(x, kernel), layers.rounded(g, kernel)

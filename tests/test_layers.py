@@ -333,7 +333,7 @@ def test_conv_of_float32_maps_with_a_bfloat16_kernel(monkeypatch, unit, chunk_by
     """What is multiplied is rounded, whether or not the cores multiply bfloat16; the sums are float32."""
     monkeypatch.setattr(host, "multiplies_bfloat16", lambda: unit)
     monkeypatch.setattr(amx, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(amx, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(amx, "LEAST_FEATURES", dict.fromkeys(range(12), 1))
     monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
     rng, pixels = np.random.default_rng(0), ((0, 0), (0, 0)) if padding == "VALID" else padding
     x, kernel = jnp.asarray(rng.standard_normal(x), jnp.float32), jnp.asarray(rng.standard_normal(kernel), jnp.bfloat16)
