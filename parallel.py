@@ -43,7 +43,7 @@ class Towers:
       total, here: the towers of the network, and how many of them this device computes.
       groups: the devices that share a network, if its towers are on several.
       cores: the CPU cores of this device; 0 for an accelerator. Forms of the layers depend on it, results only
-        in their last bits, or in what bfloat16 rounds.
+        in their last bits and in what bfloat16 rounds.
       fused: whether this device computes some steps between layers in one.
     """
 
@@ -56,8 +56,8 @@ class Towers:
     def maps_dtype(self, dtype: str) -> str:
         """The type of the maps of a computation in `dtype`.
 
-        XLA computes bfloat16 on CPUs in float32, and converts what each operation takes and gives. So maps stay in
-        float32 there, and bfloat16 is what convolutions multiply.
+        XLA computes bfloat16 on CPUs by way of float32, one operation at a time. So maps and most layers are float32
+        there: bfloat16 is what convolutions multiply, and the gradients of their kernels.
         """
         return "float32" if self.cores else dtype
 

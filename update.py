@@ -37,6 +37,12 @@ def build_network(config, layout: parallel.Layout | None = None):
     return models.build(config.model, placement, config.input.crop)
 
 
+def local_network(config):
+    """The network of a config with all towers on one device of JAX's own platform, whatever a layout would do."""
+    towers, cores = config.model.towers, int(jax.default_backend() == "cpu")
+    return models.build(config.model, parallel.Towers(towers, towers, cores=cores), config.input.crop)
+
+
 def init_state(config) -> State:
     """The merged state before the first update, a function of `config.seed` alone."""
     network = build_network(config)

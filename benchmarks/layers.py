@@ -6,6 +6,8 @@ bytes it must read and write at the rate of a copy, both measured in the same ru
 but that of the images, and recomputes every forward value that is not passed to it. In the step the update overwrites
 its input; here it does not.
 
+With `--dtype=bfloat16` all floors are those of bfloat16 products, also of the layers that CPUs compute in float32 then.
+
 A layer that pools its maps itself, as the CIFAR-10 network's first one on CPUs, is one part with its pooling.
 
 In the step the parts of several towers and of several replicas run side by side; alone, some use one core only. A part

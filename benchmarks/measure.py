@@ -108,8 +108,8 @@ def processor_seconds() -> float:
 def matrix_product(dtype: str, size: int = 0) -> Callable[[], float]:
     """A candidate for `interleaved`: seconds of a floating-point operation (a multiply-add is two) in a square product.
 
-    Products of bfloat16 are summed and returned in float32, for which alone XLA uses the units of CPUs. `size` is the
-    side; 0 takes 2048 on CPUs and 8192 elsewhere, beyond which the rate no longer rises.
+    Products of bfloat16 have float32 sums as their result: XLA uses the matrix units of CPUs for no others. `size` is
+    the side; 0 takes 2048 on CPUs and 8192 elsewhere, beyond which the rate no longer rises.
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)

@@ -106,7 +106,7 @@ def parameters_and_maps(config) -> int:
 
     The maps are those that each activation, normalisation, pooling and dropout returns; a step need not keep all.
     """
-    network, found = update.build_network(config), []
+    network, found = update.local_network(config), []
 
     def note(call, args, kwargs, context):
         result = call(*args, **kwargs)
@@ -130,7 +130,7 @@ def compare_networks(config, peer) -> None:
 
     With the initial weights, which are small, neither biases nor normalisation would show in the logits.
     """
-    random, network = np.random.default_rng(0), update.build_network(config)
+    random, network = np.random.default_rng(0), update.local_network(config)
     state = jax.eval_shape(lambda: update.init_state(config))
 
     def lively(leaf):

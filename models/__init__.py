@@ -10,9 +10,10 @@ are 0 … N − 1 by default. The logits are (N, num_classes) float32, the same 
 **Fields.** Dataclass fields without defaults, because each number stands once, in the config: the section `model` has a
 line for every field. Only a field that is added to a published network has a default: the value that changes nothing,
 for configs that were stored before. All networks have `num_classes`, `towers` (how many the network has), `dtype`
-('float32' or 'bfloat16', of the computation; CPUs keep maps in `placement.maps_dtype` of it) and `placement` (a `parallel.Towers`, not in the config). A field
-`initial_weights` is `model.init` in the config, because `init` is a method of every Flax module. The types are bool,
-int, float, str and tuple. `validate(image_size)` raises `UserError` for values that cannot work.
+('float32' or 'bfloat16', of the computation; maps have the dtype `placement.maps_dtype(dtype)`) and `placement` (a
+`parallel.Towers`, not in the config). A field `initial_weights` is `model.init` in the config, because `init` is a
+method of every Flax module. The types are bool, int, float, str and tuple. `validate(image_size)` raises `UserError`
+for values that cannot work.
 
 **Parameters.** {layer: {'kernel', 'bias'}}, float32. A kernel is (C, F), (h, w, C, F), or (H, W, h, w, C, F) with one
 for each place of the maps. They are initialised with all towers in one place. Every leaf is sharded on its last axis:

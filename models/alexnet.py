@@ -83,7 +83,8 @@ class AlexNet(nn.Module):
         (LRN before the ReLU of conv2), or '2012' (the source's order, with its second, spatial normalisation).
       initial_weights: `model.init` in a config; 'paper' (normal, σ 0.01), '2012' (σ 0.03 in conv3 … conv5), or 'he'
         (σ √(2 / fan-in), biases 0), which is made for inputs of unit variance, see `input.scale`.
-      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
+      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32. Of bfloat16
+        CPUs have convolutions alone, see `Towers.maps_dtype`.
       placement: which towers are on this device.
       lrn_across_towers: whether maps are normalised by those of both towers, as in Caffe, which knows no towers but
         groups of maps. On two devices this takes two more exchanges.

@@ -1,9 +1,8 @@
 """Convolutions with bfloat16 products, for CPUs whose cores multiply bfloat16 in matrix units (Intel's AMX).
 
 Maps are float32; they and the kernel are rounded to bfloat16 when they are multiplied, and the sums are float32. XLA
-uses the units for products of matrices that it is given, with the pixels in rows, and for no convolution. It computes
-everything else with bfloat16 by way of float32, slices too, so that what is only moved is moved as the integers of the
-same bits.
+uses the units for products of matrices, and for no convolution. With bfloat16 it computes everything else, slices too,
+by way of float32. What is only moved is therefore moved as 16-bit integers.
 """
 
 import functools
@@ -14,7 +13,6 @@ from jax import lax
 
 from common import host
 from models import chunks, layers
-from models.chunks import Folding
 
 # With fewer features patches cost more to gather than float32 products do, those of 3×3 and 5×5 by Winograd.
 LEAST_FEATURES = {3: 64, 5: 96}
@@ -24,7 +22,10 @@ CHUNK_BYTES = 3 * chunks.MAPS_BYTES
 
 
 def pays(x: jax.Array, kernel: jax.Array, features: int) -> bool:
-    """Whether these maps and this kernel are multiplied here, for so many output maps of the product."""
+    """Whether these maps and this kernel are multiplied here, for so many output maps of the product.
+
+    That is known when a program is traced, of the machine that traces it.
+    """
     mixed = x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
     enough = features >= LEAST_FEATURES.get(kernel.shape[0], _OTHERWISE)
     return mixed and enough and host.multiplies_bfloat16()
@@ -33,7 +34,7 @@ def pays(x: jax.Array, kernel: jax.Array, features: int) -> bool:
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding) -> jax.Array:
     """`layers.conv` of float32 maps with a bfloat16 kernel, in one group."""
     output = jax.eval_shape(functools.partial(layers.conv, stride=stride, padding=padding), x, kernel).shape
-    folding = Folding(kernel, output, stride, padding)
+    folding = chunks.Folding(kernel, output, stride, padding)
     rows, columns = output[1], output[2] // folding.outputs
     folded = folding.kernel(kernel)
     height, seen, channels, features = folded.shape
@@ -55,10 +56,10 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding) -> jax.Array:
 def conv_kernel_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, *, stride: int, padding) -> jax.Array:
     """The gradient of `conv` by its kernel, in the dtype of that; g is the gradient by its output."""
     height, _, channels, features = kernel.shape
-    folding = Folding(kernel, g.shape, stride, padding)
+    folding = chunks.Folding(kernel, g.shape, stride, padding)
     rows, columns = g.shape[1], g.shape[2] // folding.outputs
     chunk = _chunk(x, 2 * rows * columns * height * folding.seen * folding.block * channels)
-    xs, gs = chunks.split(x, chunk), chunks.split(g.reshape(len(g), rows, columns, -1), chunk)
+    xs, gs = chunks.split(x, chunk), chunks.split(g.reshape(-1, rows, columns, folding.outputs * features), chunk)
 
     def product(i):
         pixels = folding.pixels(_bits(xs[i], kernel.dtype), g.shape[2])
@@ -75,7 +76,7 @@ def conv_kernel_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, *, strid
 
 
 def _chunk(x, bytes_each):
-    return chunks.two_at_least(chunks.chunk_of(len(x), bytes_each, CHUNK_BYTES), len(x))
+    return chunks.two_at_least(chunks.chunk_of(x.shape[0], bytes_each, CHUNK_BYTES), x.shape[0])
 
 
 def _bits(x, dtype):

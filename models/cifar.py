@@ -61,7 +61,8 @@ class _Network(nn.Module):
       activation: 'relu', 'tanh' or 'sigmoid'.
       lrn: whether there is response normalisation.
       towers: 1; there is one tower.
-      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
+      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32. Of bfloat16
+        CPUs have convolutions alone, see `Towers.maps_dtype`.
       placement: which towers are on this device.
     """
 

@@ -2,8 +2,9 @@
 
 XLA's convolution with few channels, its gradient of a kernel and window sums over maps are slow there. Large arrays go
 through in chunks of examples. A chunk fits into the cache, and nothing larger is allocated, because a fresh page costs
-more than the work on it. What this module lacks is fast enough in `models.default`. The tests hold each form to its
-plain one.
+more than the work on it. Maps of float32 and kernels of bfloat16 go to `models.amx` where it is faster; otherwise they
+are rounded, and multiplied in float32. What this module lacks is fast enough in `models.default`. The tests hold each
+form to its plain one.
 """
 
 import functools
@@ -15,7 +16,6 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from models import amx, chunks, default, layers, winograd
-from models.chunks import Folding, chunk_of, split, two_at_least
 from models.layers import sum_dtype
 
 # With fewer maps Winograd's transforms cost more than the products that they save.
@@ -25,7 +25,7 @@ LEAST_EXAMPLES = {3: 16, 5: 4}
 
 
 def _chunk_of_maps(x):
-    return chunk_of(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, chunks.MAPS_BYTES)
+    return chunks.chunk_of(x.shape[0], math.prod(x.shape[1:]) * x.dtype.itemsize, chunks.MAPS_BYTES)
 
 
 # Convolution.
@@ -44,7 +44,7 @@ def _in_tiles(x, kernel, output, stride, limit) -> int:
     if not is_symbolic_dim(examples) and examples < LEAST_EXAMPLES[side]:
         return 0
     each = winograd.elements(output, side, channels, features) * x.dtype.itemsize
-    return chunk_of(examples, each, limit)
+    return chunks.chunk_of(examples, each, limit)
 
 
 @default.by_groups
@@ -57,7 +57,7 @@ def conv(x, kernel, *, stride, padding):
     output = jax.eval_shape(plain, x, kernel).shape
     if chunk := _in_tiles(x, kernel, output, stride, chunks.MAPS_BYTES):
         return winograd.conv(x, kernel, padding, chunk)
-    folding = Folding(kernel, output, stride, padding)
+    folding = chunks.Folding(kernel, output, stride, padding)
     if folding.block == 1:
         return plain(x, kernel)
     # XLA gathers the patches of all the examples that it is given before it multiplies them.
@@ -69,7 +69,7 @@ def conv(x, kernel, *, stride, padding):
             folded, folded_kernel, (stride, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return lax.map(part, split(x, folding.chunk(x, output))).reshape(output)
+    return lax.map(part, chunks.split(x, folding.chunk(x, output))).reshape(output)
 
 
 @default.by_groups
@@ -94,12 +94,12 @@ def conv_kernel_gradient(x, kernel, g, *, stride, padding):
     (x, _), (g, _) = layers.rounded(x, kernel), layers.rounded(g, kernel)
     # Each chunk adds to a sum of the size of the transformed kernel.
     if chunk := _in_tiles(x, kernel, g.shape, stride, 2 * chunks.MAPS_BYTES):
-        gradient = winograd.kernel_gradient(x, g, height, padding, two_at_least(chunk, x.shape[0]))
+        gradient = winograd.kernel_gradient(x, g, height, padding, chunks.two_at_least(chunk, x.shape[0]))
         return gradient.astype(kernel.dtype)
-    folding = Folding(kernel, g.shape, stride, padding)
+    folding = chunks.Folding(kernel, g.shape, stride, padding)
     rows, columns = g.shape[1], g.shape[2] // folding.outputs
     chunk = folding.chunk(x, g.shape)
-    xs, gs = split(x, chunk), split(g.reshape(len(g), rows, columns, -1), chunk)
+    xs, gs = chunks.split(x, chunk), chunks.split(g.reshape(len(g), rows, columns, -1), chunk)
 
     def product(i):
         folded = folding.pixels(xs[i], g.shape[2])
@@ -132,7 +132,7 @@ def _by_chunks(function, *arrays):
     """
     x = arrays[-1]
     chunk = _chunk_of_maps(x)
-    *others, overwritten = (split(v, chunk) for v in arrays)
+    *others, overwritten = (chunks.split(v, chunk) for v in arrays)
 
     def overwrite(i, parts):
         return lax.dynamic_update_index_in_dim(parts, function(*(v[i] for v in others), parts[i]), i, 0)
@@ -163,7 +163,7 @@ def max_pool_and_places(x, *, window, stride):
     """`default.max_pool_and_places`, some examples at a time."""
     # The loop materialises its outputs; otherwise XLA would recompute them.
     function = functools.partial(default.max_pool_and_places, window=window, stride=stride)
-    found = lax.map(function, split(x, _chunk_of_maps(x)))
+    found = lax.map(function, chunks.split(x, _chunk_of_maps(x)))
     return jax.tree.map(lambda v: v.reshape(len(x), *v.shape[2:]), found)
 
 

@@ -33,12 +33,37 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
+def _to(dtype, x):
+    narrow = jnp.finfo(dtype)
+    return lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+
+
+# What is rounded in the forward pass lets its gradient through as it is, and the other way round: so each product of a
+# convolution and of its gradients takes rounded numbers, and each sum of products stays as it is.
+_round_value = jax.custom_vjp(_to, nondiff_argnums=(0,))
+_round_value.defvjp(lambda dtype, x: (_to(dtype, x), None), lambda dtype, _, g: (g,))
+_round_gradient = jax.custom_vjp(lambda dtype, y: y, nondiff_argnums=(0,))
+_round_gradient.defvjp(lambda dtype, y: (y, None), lambda dtype, _, g: (_to(dtype, g),))
+
+
 def rounded(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maps and kernel in the dtype of the maps; if that of the kernel is narrower, rounded to it."""
+    """Maps and kernel in the dtype of the maps, and rounded to that of the kernel, if it is narrower.
+
+    The gradient by x is not rounded, and that by the kernel gets its dtype.
+
+    Raises:
+      ValueError: the dtype of the kernel is another one, and no narrower.
+    """
     if kernel.dtype == x.dtype:
         return x, kernel
-    narrow = jnp.finfo(kernel.dtype)
-    return lax.reduce_precision(x, narrow.nexp, narrow.nmant), kernel.astype(x.dtype)
+    if jnp.finfo(kernel.dtype).bits >= jnp.finfo(x.dtype).bits:
+        raise ValueError(f"a kernel of {kernel.dtype} cannot convolve maps of {x.dtype}")
+    return _round_value(kernel.dtype, x), kernel.astype(x.dtype)
+
+
+def rounded_back(y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """y, whose gradient is rounded to the dtype of the kernel, if that is narrower."""
+    return y if kernel.dtype == y.dtype else _round_gradient(kernel.dtype, y)
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
@@ -46,13 +71,14 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", g
 
     Args:
       x: maps.
-      kernel: of the dtype of `x`, or of a narrower one; `rounded` says what is multiplied then.
+      kernel: of the dtype of `x`, or of a narrower one, to which then everything is rounded that is multiplied, the
+        gradient by the output too; sums of products stay in the dtype of `x`.
       stride: along both axes.
       padding: 'VALID', or pixels of zeros as ((top, bottom), (left, right)).
       groups: the maps are that many groups of equal size, such as the towers here, and each gives its share of F.
 
     Raises:
-      ValueError: the kernel is larger than the padded input, or has another number of channels.
+      ValueError: the kernel is larger than the padded input, or has another number of channels, or a wider dtype.
     """
     padding = ((0, 0), (0, 0)) if padding == "VALID" else padding
     if x.shape[-1] != groups * kernel.shape[2]:
@@ -60,15 +86,14 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding="VALID", g
         raise ValueError(f"a kernel of {channels} channels cannot convolve maps of {x.shape[-1]}")
     for size, (before, after), window in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True):
         output_size(size + before + after, window, stride)  # raises
-    x, kernel = rounded(x, kernel)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
+    y = lax.conv_general_dilated(
+        *rounded(x, kernel),
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+    return rounded_back(y, kernel)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:

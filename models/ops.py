@@ -1,7 +1,8 @@
 """The layers that networks call: `models.layers`, computed in the form that is fast on the platform.
 
 This is the one place where forms of layers are chosen, when a program is lowered for a platform. Only a kernel of
-`models.fused` and the loop of `models.phases` are chosen before, by the network. A platform's module holds only what is
+`models.fused` and the loop of `models.phases` are chosen before, by the network, and `models.amx` by the machine that
+traces the program. A platform's module holds only what is
 faster there, and `models.default` has the rest. To add a platform: a module with some of the functions of
 `models.default`, and a line in PLATFORMS. The tests run every form on the CPU.
 
@@ -139,9 +140,9 @@ def conv_pool(x: jax.Array, kernel: jax.Array, window: int, stride: int, *, padd
     """`max_pool` of `conv` with stride 1: what `phases.fits` in a loop that is fast on CPUs, on any platform."""
     padding = _pixels(padding)
     jax.eval_shape(functools.partial(layers.conv, padding=padding), x, kernel)  # raises
-    x, kernel = layers.rounded(x, kernel)
     if phases.fits(x.shape, kernel.shape, padding, (window, stride)):
-        return _conv_pool(padding, x, kernel)
+        y = _conv_pool(padding, *layers.rounded(x, kernel))
+        return layers.rounded_back(y, kernel)  # before sums of it, of overlapping windows, are multiplied
     return max_pool(conv(x, kernel, padding=padding), window, stride)
 
 

@@ -44,7 +44,8 @@ class TorchvisionAlexNet(nn.Module):
       width: multiplies the maps of every layer but fc8.
       dropout_rate: share of the inputs of fc6 and fc7 set to 0 in training; the others are divided by 1 − dropout_rate.
       towers: 1; there is one tower.
-      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32.
+      dtype: type of the computation, 'float32' or 'bfloat16'; parameters, logits and the loss are float32. Of bfloat16
+        CPUs have convolutions alone, see `Towers.maps_dtype`.
       placement: which towers are on this device.
     """
 

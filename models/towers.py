@@ -29,7 +29,7 @@ class TowerLayer(nn.Module):
       kernel_init, bias_init: initial values, of (key, shape, dtype).
       groups: 1 if each tower sees all these maps; the number of towers here if each sees its own alone.
       towers: which towers are here.
-      dtype: type of the computation.
+      dtype: type of the computation, of which CPUs have convolutions alone, see `Towers.maps_dtype`.
     """
 
     features: int

@@ -242,7 +242,7 @@ def check_memory(config, shapes: update.State, process_count: int = 1, copies: i
 
     if jax.default_backend() == "cpu":
         apply = functools.partial(
-            update.build_network(config).apply, capture_intermediates=True, mutable=["intermediates"]
+            update.local_network(config).apply, capture_intermediates=True, mutable=["intermediates"]
         )
         image = jax.ShapeDtypeStruct((1, crop, crop, 3), jnp.float32)
         per_view += size(jax.eval_shape(apply, {"params": shapes.params}, image)[1])

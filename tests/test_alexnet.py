@@ -199,7 +199,7 @@ def test_dropout_masks_follow_the_example_not_its_place():
 
 
 @pytest.mark.parametrize("cores", [0, 1, 2])
-def test_bfloat16_rounds_what_lies_between(cores):
+def test_bfloat16_is_near(cores):
     config, _, params, images, _ = case()
     config.model.dtype = "bfloat16"
     network = models.build(config.model, parallel.Towers(2, 2, cores=cores), config.input.crop)

@@ -327,39 +327,118 @@ def test_conv(monkeypatch, chunk_bytes, x, kernel, stride, padding):
     check_conv(x, kernel, stride, padding)
 
 
-@pytest.mark.parametrize("unit", [True, False])
-@pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
-def test_conv_of_float32_maps_with_a_bfloat16_kernel(monkeypatch, unit, chunk_bytes, x, kernel, stride, padding):
-    """What is multiplied is rounded, whether or not the cores multiply bfloat16; the sums are float32."""
-    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: unit)
-    monkeypatch.setattr(amx, "CHUNK_BYTES", chunk_bytes)
+def as_bfloat16(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def check_mixed(layer, expected, gradients, x, kernel):
+    """float32 maps and a bfloat16 kernel: what is multiplied is rounded, g too; the sums are float32."""
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.standard_normal(x), jnp.float32), jnp.asarray(rng.standard_normal(kernel), jnp.bfloat16)
+    y, pull = jax.vjp(jax.jit(layer), x, kernel)
+    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    found = (y, *pull(g))
+    assert [v.dtype for v in found] == [jnp.float32, jnp.float32, jnp.bfloat16]
+    rounded = as_bfloat16(x), as_bfloat16(kernel)
+    wanted = (expected(*rounded), *gradients(*rounded, as_bfloat16(g)))
+    for one, other, tolerance in zip(found, wanted, (2e-5, 2e-5, 4e-3), strict=True):
+        atol = tolerance * np.abs(other).max()
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=atol)
+
+
+@pytest.fixture(params=[True, False], ids=["AMX", "no AMX"])
+def unit(request, monkeypatch):
+    """A unit for bfloat16 is used whatever the number of features; yields (form, shape of the kernel) of its calls."""
+    calls = set()
+
+    def noted(form):
+        def call(x, kernel, *args, **options):
+            calls.add((form.__name__, kernel.shape))
+            return form(x, kernel, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: request.param)
     monkeypatch.setattr(amx, "LEAST_FEATURES", dict.fromkeys(range(12), 1))
     monkeypatch.setattr(cpu, "LEAST_EXAMPLES", {3: 1, 5: 1})
-    rng, pixels = np.random.default_rng(0), ((0, 0), (0, 0)) if padding == "VALID" else padding
-    x, kernel = jnp.asarray(rng.standard_normal(x), jnp.float32), jnp.asarray(rng.standard_normal(kernel), jnp.bfloat16)
-    convolve = functools.partial(ops.conv, stride=stride, padding=padding)
-    y, pull = jax.vjp(jax.jit(convolve), x, kernel)
-    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
-
-    def rounded(v):
-        return np.asarray(v.astype(jnp.bfloat16), np.float64)
-
-    expected = reference.conv(rounded(x), rounded(kernel), 0, stride, pixels)
-    gradients = reference.conv_gradient(rounded(x), rounded(kernel), rounded(g), stride, pixels)
-    below, by_kernel = pull(g)
-    assert (y.dtype, below.dtype, by_kernel.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
-    for found, wanted, tolerance in ((y, expected, 2e-5), (below, gradients[0], 2e-5), (by_kernel, gradients[1], 4e-3)):
-        atol = tolerance * np.abs(wanted).max()
-        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=atol)
+    for form in (amx.conv, amx.conv_kernel_gradient):
+        monkeypatch.setattr(amx, form.__name__, noted(form))
+    yield calls
+    assert bool(calls) is request.param
 
 
-def test_conv_with_a_bfloat16_kernel_in_groups_and_on_every_platform():
+@pytest.mark.parametrize("chunk_bytes,x,kernel,stride,padding", CONVOLUTIONS)
+def test_conv_of_float32_maps_with_a_bfloat16_kernel(unit, monkeypatch, chunk_bytes, x, kernel, stride, padding):
+    monkeypatch.setattr(amx, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunks, "MAPS_BYTES", chunk_bytes)
+    pixels = ((0, 0), (0, 0)) if padding == "VALID" else padding
+    check_mixed(
+        functools.partial(ops.conv, stride=stride, padding=padding),
+        lambda *arrays: reference.conv(*arrays, 0, stride, pixels),
+        lambda *arrays: reference.conv_gradient(*arrays, stride, pixels)[:2],
+        x,
+        kernel,
+    )
+    if unit:
+        turned = ("conv", (*kernel[:2], kernel[3], kernel[2]))
+        below = {turned} if stride == 1 else set()  # with a stride it is XLA's
+        assert unit == {("conv", kernel), ("conv_kernel_gradient", kernel)} | below
+
+
+def test_the_same_in_groups(unit):
+    around = ((1, 1), (1, 1))
+    check_mixed(
+        functools.partial(ops.conv, padding=around, groups=2),
+        in_groups(lambda *arrays: reference.conv(*arrays, 0, 1, around), 2),
+        in_groups(lambda *arrays: reference.conv_gradient(*arrays, 1, around)[:2], 2),
+        (3, 9, 8, 8),
+        (3, 3, 4, 6),
+    )
+    assert unit in (set(), {("conv", (3, 3, 4, 3)), ("conv", (3, 3, 3, 4)), ("conv_kernel_gradient", (3, 3, 4, 3))})
+
+
+def test_the_same_for_batches_of_any_size(unit):
+    kernel = jnp.ones((3, 3, 2, 5), jnp.bfloat16)
+    batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 6, 6, 2"), jnp.float32)
+    program = jax.export.export(jax.jit(lambda x: ops.conv(x, kernel)))(batch)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 6, 2)), jnp.float32)
+    np.testing.assert_allclose(program.call(x), layers.conv(x, kernel), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+def test_the_same_on_every_platform(form):
+    around = ((1, 1), (1, 1))
+    with mock.patch.object(ops, "PLATFORMS", FORMS.get(form, {})):
+        check_mixed(
+            functools.partial(layers.conv if form == "plain" else ops.conv, padding=around),
+            lambda *arrays: reference.conv(*arrays, 0, 1, around),
+            lambda *arrays: reference.conv_gradient(*arrays, 1, around)[:2],
+            (2, 9, 9, 8),
+            (3, 3, 8, 6),
+        )
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_the_same_with_pooling(size):
+    """In the loop of `phases`, whose pooled gradient is rounded, and apart."""
+    around, (window, stride) = ((1, 1), (1, 1)), phases.POOL
     rng = np.random.default_rng(0)
-    x, kernel = jnp.asarray(rng.standard_normal((2, 9, 9, 8)), jnp.float32), rng.standard_normal((3, 3, 4, 6))
-    kernel = jnp.asarray(kernel, jnp.bfloat16)
-    found = {form: module.conv(x, kernel, groups=2) for form, module in implementations()}
-    for form, y in found.items():
-        np.testing.assert_allclose(y, found["plain"], atol=2e-5, err_msg=form)
+    x = jnp.asarray(rng.standard_normal((2, size, size, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 4)), jnp.bfloat16)
+    y, pull = jax.vjp(lambda *arrays: ops.conv_pool(*arrays, window, stride, padding=around), x, kernel)
+    maps, pull_maps = jax.vjp(lambda *arrays: layers.conv(*arrays, padding=around), x, kernel)
+    pooled, pull_pooled = jax.vjp(lambda maps: layers.max_pool(maps, window, stride), maps)
+    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    np.testing.assert_allclose(y, pooled, atol=1e-5 * np.abs(pooled).max())
+    for found, wanted in zip(pull(g), pull_maps(*pull_pooled(jnp.asarray(as_bfloat16(g), jnp.float32))), strict=True):
+        wanted = np.asarray(wanted, np.float64)
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=6e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("conv", [layers.conv, ops.conv])
+def test_a_kernel_of_a_wider_type_is_refused(conv):
+    with pytest.raises(ValueError, match="a kernel of float32 cannot convolve maps of bfloat16"):
+        conv(jnp.ones((1, 3, 3, 1), jnp.bfloat16), jnp.ones((3, 3, 1, 1)))
 
 
 @pytest.mark.parametrize("groups,x,kernel,stride", [
@@ -452,7 +531,8 @@ def test_layers_in_bfloat16():
 
 
 def stack(x, kernel):
-    """Every layer once, as a scalar."""
+    """Every layer once, as a scalar; convolutions with a bfloat16 kernel too."""
+    narrow = ops.conv(x, kernel.astype(jnp.bfloat16), padding=((2, 2), (2, 2)))
     pooled = ops.conv_pool(x, kernel, 3, 2, padding=((1, 2), (1, 2)))
     y = ops.relu(ops.conv(x, kernel, stride=2, padding=((0, 1), (0, 1))))
     y = ops.local_response_normalization(y, **STRONG, groups=2)
@@ -460,11 +540,11 @@ def stack(x, kernel):
     y = ops.conv(ops.max_pool(y, 3, 2), jnp.tile(kernel[:3, :3, :1], (1, 1, 8, 1)), padding=((1, 1), (1, 1)))
     y = ops.spatial_response_normalization(y, size=3, scale=0.1, power=0.75)
     y = ops.dense(ops.avg_pool(y, 2, 2)[:, 0, 0], kernel[0, 0].T)
-    return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(pooled))
+    return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(pooled)) + 1e-3 * jnp.sum(jnp.square(narrow))
 
 
 @pytest.mark.parametrize("transform", ["pmap", "shard_map"])
-def test_gradients_on_several_devices(transform):
+def test_gradients_on_several_devices(unit, transform):
     """Each device computes its own examples; the sums over them are the gradients of the whole batch."""
     devices = jax.device_count()
     assert devices > 1

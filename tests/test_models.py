@@ -42,6 +42,23 @@ def test_every_network_has_a_recipe_here():
     assert set(RECIPES) == set(models.MODELS)
 
 
+@pytest.mark.parametrize(("cores", "dtype"), [(0, "bfloat16"), (1, "float32")])
+@pytest.mark.parametrize("name", RECIPES)
+def test_maps_in_bfloat16_are_float32_on_cpus(name, cores, dtype):
+    towers, found = model(name)["towers"], {}
+    network = build(name, Towers(towers, towers, cores=cores), dtype="bfloat16")
+
+    def note(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if context.method_name == "activate":
+            found.setdefault(str(result.dtype), []).append(context.module.name)
+        return result
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(network.init, jax.random.key(0), images(name, 2))
+    assert list(found) == [dtype]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_call_parameters_and_steps(name):
     network, seen = build(name, num_classes=7, dtype="bfloat16"), set()
