@@ -33,17 +33,17 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
-def _to(dtype, x):
+def _narrowed(dtype, x):
     narrow = jnp.finfo(dtype)
     return lax.reduce_precision(x, narrow.nexp, narrow.nmant)
 
 
 # What is rounded in the forward pass lets its gradient through as it is, and the other way round: so each product of a
 # convolution and of its gradients takes rounded numbers, and each sum of products stays as it is.
-_round_value = jax.custom_vjp(_to, nondiff_argnums=(0,))
-_round_value.defvjp(lambda dtype, x: (_to(dtype, x), None), lambda dtype, _, g: (g,))
+_round_value = jax.custom_vjp(_narrowed, nondiff_argnums=(0,))
+_round_value.defvjp(lambda dtype, x: (_narrowed(dtype, x), None), lambda dtype, _, g: (g,))
 _round_gradient = jax.custom_vjp(lambda dtype, y: y, nondiff_argnums=(0,))
-_round_gradient.defvjp(lambda dtype, y: (y, None), lambda dtype, _, g: (_to(dtype, g),))
+_round_gradient.defvjp(lambda dtype, y: (y, None), lambda dtype, _, g: (_narrowed(dtype, g),))
 
 
 def rounded(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
